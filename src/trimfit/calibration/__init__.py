@@ -1,0 +1,32 @@
+"""From text or token ids to calibration windows."""
+
+from trimfit.calibration.config import CalibrationConfig
+from trimfit.calibration.gram import GramSum
+from trimfit.calibration.sources import read_documents, read_token_ids
+from trimfit.calibration.windows import (
+    AddedTokens,
+    added_tokens,
+    check_ids,
+    context_length,
+    encode_documents,
+    sample_windows,
+    split_held_out,
+    window_length,
+    windows_from_ids,
+)
+
+__all__ = [
+    "AddedTokens",
+    "CalibrationConfig",
+    "GramSum",
+    "added_tokens",
+    "check_ids",
+    "context_length",
+    "encode_documents",
+    "read_documents",
+    "read_token_ids",
+    "sample_windows",
+    "split_held_out",
+    "window_length",
+    "windows_from_ids",
+]

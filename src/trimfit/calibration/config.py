@@ -1,0 +1,60 @@
+"""Which calibration windows a run asks for."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from trimfit.calibration.sources import read_documents, read_token_ids
+from trimfit.calibration.standard_library import CALIBRATION, read_modules
+from trimfit.calibration.windows import (
+    added_tokens,
+    encode_documents,
+    sample_windows,
+    window_length,
+    windows_from_ids,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+DEMO = "demo"
+
+
+class CalibrationConfig(BaseModel):
+    """Where calibration windows come from.
+
+    - `source`: a text file, a .jsonl file, a .npy or .safetensors file of token ids, a dataset on the hub, or "demo"
+      for the standard-library modules kept aside for it.
+    - `field`: name of the text in each line of .jsonl, or column of the data set.
+    - `split`: of a data set on the hub.
+    - `samples`: windows to draw.
+    - `sequence_length`: tokens in each, capped by the model's context.
+    - `seed`: of the draw.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = DEMO
+    field: str = "text"
+    split: str = "train"
+    samples: int = Field(default=128, ge=1)
+    sequence_length: int = Field(default=2048, ge=2)
+    seed: int = 0
+
+    def windows(self, tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedConfig") -> Tensor:
+        """(samples, length) int64 token ids. Raises `InputError` for a source that cannot be used."""
+        length = window_length(self.sequence_length, model)
+        if Path(self.source).suffix in (".npy", ".safetensors"):
+            ids = read_token_ids(self.source)
+            return windows_from_ids(ids, samples=self.samples, length=length, seed=self.seed)
+        documents = encode_documents(tokenizer, self.documents())
+        bos = added_tokens(tokenizer).bos
+        return sample_windows(documents, samples=self.samples, length=length, seed=self.seed, bos=bos)
+
+    def documents(self) -> list[str]:
+        """The texts of the source."""
+        if self.source == DEMO:
+            return read_modules(CALIBRATION)
+        return read_documents(self.source, field=self.field, split=self.split)

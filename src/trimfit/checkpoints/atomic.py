@@ -1,0 +1,83 @@
+"""A directory that appears complete or not at all."""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trimfit.errors import InputError, RunError
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Raises `InputError` when `out` cannot be written: it exists, or its parent is no directory."""
+    if out.exists() and not overwrite:
+        raise InputError(f"{out} exists already; choose another output or give --overwrite")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file, not a directory; choose another output")
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        raise InputError(f"{parent} is not a directory, so {out.name} cannot be written there; create it first")
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"{parent} is not writable; choose another output")
+
+
+@contextmanager
+def atomic_directory(out: Path, overwrite: bool) -> Iterator[Path]:
+    """Gives an empty sibling of `out` to write to, and renames it to `out` when the context ends well.
+
+    On any error, an interrupt included, the sibling is removed and `out` is as it was. A full disk is a `RunError`.
+    """
+    check_output(out, overwrite)
+    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.absolute().parent))
+    beside.chmod(0o777 & ~_umask())
+    try:
+        yield beside
+        _replace(beside, out)
+    except Exception as error:
+        if is_disk_full(error):
+            raise RunError(
+                f"the disk is full: {out} was not written; free space there or choose another output"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the error, or one it came from, says that there is no space left."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(link):  # safetensors reports it as text
+            return True
+        link = link.__cause__ or link.__context__
+    return False
+
+
+def _replace(beside: Path, out: Path) -> None:
+    """A directory cannot be renamed onto a full one, so an old `out` steps aside first."""
+    for path in (*beside.iterdir(), beside):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    if not out.exists():
+        beside.rename(out)
+        return
+    old = beside.with_suffix(".old")
+    out.rename(old)
+    try:
+        beside.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,154 @@
+"""Loads a Hugging Face causal LM with its tokenizer, and says clearly why something cannot be loaded."""
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from trimfit.errors import InputError
+
+log = logging.getLogger(__name__)
+
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model as loaded: `source` is the directory or hub name it came from."""
+
+    source: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_checkpoint(source: str, device: torch.device | None = None) -> Checkpoint:
+    """The model in the dtype of its checkpoint, on `device` (CPU by default), and its tokenizer.
+
+    `source` is a directory or a hub name. Raises `InputError` for anything that is not a whole, unquantized,
+    decoder-only language model with a tokenizer that fits.
+    """
+    directory = Path(source).expanduser()
+    if directory.is_dir():
+        _check_files(directory)
+        source = str(directory)
+    elif directory.exists():
+        raise InputError(f"{source} is a file; give the model's directory")
+    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise InputError(f"there is no model directory {source}")
+    config = _load_config(source)
+    _check_causal(source, config)
+    model = _load_model(source)
+    tokenizer = _load_tokenizer(source)
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"the tokenizer of {source} has {len(tokenizer)} tokens but the model embeds only {rows}: "
+            "it belongs to another model"
+        )
+    return Checkpoint(source, model.to(device or torch.device("cpu")), tokenizer)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device for "auto", "cpu", "cuda", "cuda:1", "mps"; raises `InputError` for one that is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(f"the device {name!r} is not available here; use --device auto or cpu") from None
+    return device
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 over the names, shapes and bytes of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def shard_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, [] when it has none."""
+    index = directory / _INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise InputError(f"{index} is damaged: download the model again") from None
+        return [directory / name for name in names]
+    single = directory / "model.safetensors"
+    return [single] if single.is_file() else []
+
+
+def _check_files(directory: Path) -> None:
+    if not (directory / "config.json").is_file():
+        raise InputError(f"{directory} has no config.json, so it is not a Hugging Face model directory")
+    shards = shard_files(directory)
+    if not shards and not any(directory.glob("*.bin")) and not any(directory.glob("*.safetensors")):
+        raise InputError(f"{directory} has no weights (*.safetensors): the download is incomplete")
+    for shard in shards:
+        if not shard.is_file():
+            raise InputError(f"{directory} lacks the shard {shard.name}: the download is incomplete, fetch it again")
+        try:
+            with safe_open(shard, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{shard} is truncated or damaged ({error}): download it again") from None
+
+
+def _load_config(source: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source)
+    except Exception as error:  # every way a config can be wrong, or the hub out of reach
+        raise InputError(f"the config of {source} cannot be read: {_first_line(error)}") from error
+
+
+def _check_causal(source: str, config: PreTrainedConfig) -> None:
+    architectures = config.architectures or []
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if config.is_encoder_decoder or (architectures and not remote and not causal.intersection(architectures)):
+        what = architectures[0] if architectures else config.model_type
+        raise InputError(f"{source} is a {what}, not a decoder-only language model (AutoModelForCausalLM)")
+    if getattr(config, "quantization_config", None):
+        raise InputError(f"{source} is quantized already; start from the full-precision model")
+
+
+def _load_model(source: str) -> PreTrainedModel:
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True)
+    except Exception as error:  # transformers raises many kinds; each means that this model cannot be used
+        raise InputError(f"the model {source} cannot be loaded: {_first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(
+            f"the checkpoint {source} lacks {len(missing)} weights, {missing[0]} first: the download is incomplete "
+            "or config.json belongs to another model"
+        )
+    if info.get("mismatched_keys"):
+        name = sorted(info["mismatched_keys"])[0]
+        raise InputError(f"weights of {source} have other shapes than config.json says, first {name}")
+    return model.eval()
+
+
+def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # as above
+        raise InputError(f"the tokenizer of {source} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,139 @@
+"""The commands. Heavy imports wait until a command runs, so that help and errors are quick."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+_Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
+_Model = Annotated[str, typer.Argument(help="Model directory, hub name, or 'demo' for the embedded model.")]
+
+
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the pruned model.")] = Path(
+        "trimfit-demo"
+    ),
+    device: _Device = "auto",
+    json: _Json = False,
+) -> None:
+    """Prune the embedded model in several ways and compare; needs no network and no data."""
+    from trimfit.checkpoints import resolve_device
+    from trimfit.cli import show
+    from trimfit.demo.run import run_demo
+
+    output = output.expanduser()
+    show.quiet_libraries()
+    with show.progress(quiet=json) as observer:
+        rows = list(run_demo(output, observer, resolve_device(device)))
+    show.demo(rows, output, as_json=json)
+
+
+def prune(
+    model: _Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write; must not exist.")],
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of weights to remove, 0 ≤ s < 1. [default: 0.5]")
+    ] = None,
+    pattern: Annotated[str | None, typer.Option(help="N:M instead of a sparsity: N kept of each M inputs.")] = None,
+    selector: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt or thanos.")] = "sparsegpt",
+    scope: Annotated[
+        str | None, typer.Option(help="Count per row or over the layer. [default: the selector's]")
+    ] = None,
+    refit: Annotated[str, typer.Option(help="optimal, own (the selector's update) or none.")] = "optimal",
+    solver: Annotated[str, typer.Option(help="auto, cholesky, cg or cg-diagonal.")] = "auto",
+    tolerance: Annotated[float, typer.Option(help="Relative gap at which a row is finished.")] = 1e-4,
+    damping: Annotated[float, typer.Option(help="λ in H + λ·mean(diag H)·I.")] = 0.01,
+    capture: Annotated[str, typer.Option(help="Recapture inputs per group (ours) or block (the paper's).")] = "group",
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Layers to leave dense: glob, or re:REGEX. Repeatable.")
+    ] = None,
+    held_out: Annotated[float, typer.Option(help="Share of windows kept aside to measure layer errors.")] = 0.125,
+    calibration: Annotated[
+        str, typer.Option(help="Text file, .jsonl, .npy/.safetensors of token ids, hub data set, or 'demo'.")
+    ] = "demo",
+    field: Annotated[str, typer.Option(help="Field with the text in .jsonl or a data set.")] = "text",
+    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a window; capped by the model's context.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Windows in one forward pass.")] = 8,
+    device: _Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    json: _Json = False,
+) -> None:
+    """Prune MODEL and refit what is left to the certified optimum."""
+    from trimfit.calibration import CalibrationConfig
+    from trimfit.checkpoints import resolve_device
+    from trimfit.cli import show
+    from trimfit.pipelines import PruneConfig, prune_checkpoint
+
+    asked: dict[str, Any] = {
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "selector": selector,
+        "scope": scope,
+        "refit": refit,
+        "solver": solver,
+        "tolerance": tolerance,
+        "damping": damping,
+        "capture": capture,
+        "ignore": tuple(ignore or ()),
+        "held_out": held_out,
+        "batch_size": batch_size,
+    }
+    config = PruneConfig.model_validate(asked)
+    windows = CalibrationConfig(
+        source=calibration, field=field, split=split, samples=samples, sequence_length=sequence_length, seed=seed
+    )
+    output = output.expanduser()
+    show.quiet_libraries()
+    with show.progress(quiet=json) as observer:
+        report = prune_checkpoint(
+            _source(model),
+            output,
+            config,
+            windows,
+            device=resolve_device(device),
+            overwrite=overwrite,
+            observer=observer,
+        )
+    show.prune(report, output, as_json=json)
+
+
+def evaluate(
+    model: _Model,
+    text: Annotated[str, typer.Option(help="Text file, .jsonl, hub data set, or 'demo'.")],
+    field: Annotated[str, typer.Option(help="Field with the text in .jsonl or a data set.")] = "text",
+    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
+    window: Annotated[int, typer.Option(help="Tokens in a window; capped by the model's context.")] = 2048,
+    limit: Annotated[int | None, typer.Option(help="Score only the first so many windows.")] = None,
+    device: _Device = "auto",
+    json: _Json = False,
+) -> None:
+    """Perplexity and bits per byte of MODEL on a text."""
+    from trimfit.checkpoints import resolve_device
+    from trimfit.cli import show
+    from trimfit.pipelines import score_checkpoint
+
+    show.quiet_libraries()
+    with show.progress(quiet=json) as observer:
+        score = score_checkpoint(
+            _source(model),
+            text,
+            field=field,
+            split=split,
+            window=window,
+            limit=limit,
+            device=resolve_device(device),
+            observer=observer,
+        )
+    show.score(score, text, as_json=json)
+
+
+def _source(model: str) -> str:
+    if model != "demo" or Path(model).exists():
+        return model
+    from trimfit.demo.run import model_path
+
+    return str(model_path())

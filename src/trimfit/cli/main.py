@@ -1,0 +1,128 @@
+"""The `trimfit` command: reads arguments, calls one function, prints. Decides nothing."""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import cast
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.text import Text
+
+from trimfit.cli import commands
+from trimfit.errors import TrimfitError
+
+_INTERRUPTED = 130
+
+# The base of usage errors, public under no name: Typer imported Click's until it brought its own.
+_UsageError = cast("type[Exception]", typer.BadParameter.__base__)
+
+app = typer.Typer(
+    name="trimfit",
+    help="Trim a language model, fit what is left to the optimum, in minutes, with a certificate.",
+    add_completion=False,
+)
+app.command("demo")(commands.demo)
+app.command("prune")(commands.prune)
+app.command("eval")(commands.evaluate)
+
+
+@app.callback()
+def options(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error. Works in any place."),
+) -> None:
+    """Options of every command."""
+
+
+def main() -> None:
+    """Entry point: 0 when all went well, 2 for wrong input, 1 for failure, 130 for an interrupt."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command and returns its exit status. Errors become one sentence on standard error."""
+    debug = "--debug" in arguments
+    _show_warnings()
+    try:
+        _invoke([a for a in arguments if a != "--debug"])
+        _flush()
+        return 0
+    except typer.Exit as end:  # help was asked for
+        return end.exit_code
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written", _INTERRUPTED, debug)
+    except BrokenPipeError:  # the reader of our output had enough
+        return 1
+    except _UsageError as error:
+        return _fail(_usage_problem(error), 2, debug)
+    except ValidationError as error:
+        return _fail(_first_problem(error), 2, debug)
+    except TrimfitError as error:
+        return _fail(str(error), error.exit_code, debug)
+    except Exception as error:
+        if _is_out_of_memory(error):
+            return _fail("out of memory; use fewer or shorter windows, or a smaller --batch-size", 1, debug)
+        text = str(error).strip().splitlines()
+        return _fail(f"{type(error).__name__}: {text[0] if text else 'no message'} (--debug shows where)", 1, debug)
+
+
+def _invoke(arguments: list[str]) -> None:
+    """What `app()` does, without its own way to report errors and interrupts."""
+    command = typer.main.get_command(app)
+    with command.make_context("trimfit", arguments or ["--help"]) as context:
+        command.invoke(context)
+
+
+def _flush() -> None:
+    """Shows a broken pipe or a full disk now, while the exit status can still say so."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again when it ends
+        raise
+
+
+def _fail(message: str, status: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    line = Text.assemble(("error:", "bold red"), " ", " ".join(message.splitlines()))
+    Console(stderr=True, soft_wrap=True, highlight=False).print(line)
+    return status
+
+
+def _usage_problem(error: Exception) -> str:
+    """The sentence about a wrong option or argument, with where to read about the right ones."""
+    message = getattr(error, "format_message", error.__str__)()
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "trimfit"
+    return f"{message.rstrip('.')}; see {command} --help"
+
+
+def _first_problem(error: ValidationError) -> str:
+    """The first of pydantic's complaints as a sentence about an option."""
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return message
+    option = "--" + str(first["loc"][0]).replace("_", "-")
+    return f"{option}: {message[0].lower()}{message[1:]}, but it is {first['input']!r}"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
+
+
+class _Warnings(logging.Handler):
+    """Writes to standard error as it is at that moment: a progress bar puts itself in between."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"warning: {record.getMessage()}", file=sys.stderr)
+
+
+def _show_warnings() -> None:
+    log = logging.getLogger("trimfit")
+    log.handlers = [_Warnings(logging.WARNING)]
+    log.propagate = False

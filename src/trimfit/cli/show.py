@@ -1,0 +1,197 @@
+"""What the commands print: progress while they run, tables or JSON when they are done."""
+
+import json
+import math
+import sys
+import warnings
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from trimfit.demo.run import PROMPT, DemoRow
+from trimfit.evaluate import Score
+from trimfit.pipelines import LayerRecord, Observer, PruneReport
+
+
+def quiet_libraries() -> None:
+    """Silences the progress bars and notes of the libraries underneath; trimfit shows its own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
+
+
+@contextmanager
+def progress(*, quiet: bool) -> Generator[Observer]:
+    """A bar on standard error with the stage, the running error and the time left; silent away from a terminal."""
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=12),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=Console(stderr=True),
+        transient=True,
+        disable=quiet or not sys.stderr.isatty(),  # rich would take FORCE_COLOR for a terminal
+    )
+    with bar:
+        yield _Bar(bar, bar.add_task("", total=None, note=""))
+
+
+class _Bar:
+    """Observer that moves a progress bar."""
+
+    def __init__(self, bar: Progress, task: TaskID):
+        self._bar, self._task = bar, task
+        self._errors: list[float] = []
+
+    def stage(self, text: str) -> None:
+        """Shows the stage."""
+        self._bar.update(self._task, description=text)
+
+    def layer(self, record: LayerRecord, done: float) -> None:
+        """Moves the bar; the note is the layer and the mean error of the layers so far."""
+        self._errors.append(_shown(record.final.held_out, record.final.calibration))
+        mean = sum(self._errors) / len(self._errors)
+        name = record.name.split(f".{record.block}.", 1)[-1]  # the stage tells the block
+        self._bar.update(self._task, total=1.0, completed=done, note=f"{name}  error {mean:.4f}")
+        if done >= 1:
+            self._errors.clear()
+            self._bar.reset(self._task)
+
+
+def prune(report: PruneReport, out: Path, *, as_json: bool) -> None:
+    """Summary of a prune run."""
+    if as_json:
+        _print_json({"output": str(out), **report.model_dump()})
+        return
+    table = _table("", "masked", "final", "as stored")
+    for label, which in (("calibration", "calibration"), ("held-out", "held_out")):
+        values = [getattr(report.mean_error(stage), which) for stage in ("masked", "final", "stored")]
+        table.add_row(f"mean layer error, {label}", *(_number(v, ".4f") for v in values))
+    console = Console()
+    console.print(table)
+    config = report.config
+    tokens = report.windows * report.window_length
+    console.print(
+        f"{len(report.layers)} layers pruned to {report.sparsity:.2%} zeros with {config.selector} "
+        f"({config.pattern or f'sparsity {config.mask_pattern.sparsity:g}'}), refit {config.refit}; "
+        f"{tokens:,} calibration tokens, {report.held_out_windows} windows held out"
+    )
+    if report.certificate is not None:
+        unfinished = sum(record.status != "optimal" for record in report.layers)
+        console.print(
+            f"certificate: every layer is proven within {report.certificate:.1e} of its optimum "
+            f"(gap / gain), at most {report.steps} solver steps"
+            + (f"; {unfinished} layers did not reach the tolerance" if unfinished else "")
+        )
+    console.print(f"{report.seconds:.1f} s, peak memory {report.peak_memory / 2**20:.0f} MiB")
+    console.print(
+        f"written to {out} (plain transformers loads it; records in {out}/trimfit.json)", soft_wrap=True, markup=False
+    )
+
+
+def score(result: Score, text: str, *, as_json: bool) -> None:
+    """Result of an evaluation."""
+    if as_json:
+        _print_json({"text": text, **asdict(result)})
+        return
+    Console(soft_wrap=True, markup=False).print(
+        f"perplexity {result.perplexity:.4f}   {result.bits_per_byte:.4f} bits/byte   "
+        f"({result.nats:.4f} nats/token; {result.tokens:,} tokens, {result.bytes:,} bytes, "
+        f"{result.documents} documents, windows of {result.window}; {text})"
+    )
+
+
+def demo(rows: Sequence[DemoRow], out: Path, *, as_json: bool) -> None:
+    """The demo's table and samples."""
+    if as_json:
+        _print_json({"output": str(out), "rows": [_demo_json(row) for row in rows]})
+        return
+    console = Console()
+    dense = rows[0]
+    table = _table("model", "pattern", "weights", "perplexity", "layer error", "certificate", "steps", "seconds")
+    table.add_row("dense", "", "", f"{dense.score.perplexity:.3f}", "", "", "", "")
+    previous = None
+    for row in rows[1:]:
+        assert row.report is not None
+        if row.pattern != previous:
+            table.add_section()
+            previous = row.pattern
+        table.add_row(
+            row.selector,
+            row.pattern,
+            "refitted" if row.refitted else "mask only",
+            f"{row.score.perplexity:.3f}",
+            _number(row.report.mean_error().held_out, ".4f"),
+            _number(row.report.certificate, ".0e"),
+            str(row.report.steps) if row.refitted else "–",
+            f"{row.seconds:.1f}",
+        )
+    console.print(table)
+    console.print(
+        f"perplexity: {dense.score.tokens:,} tokens of standard-library modules that neither training nor calibration "
+        f"saw, windows of {dense.score.window}; dense: {dense.score.bits_per_byte:.3f} bits/byte\n"
+        "layer error: ‖X(Ŵ−W)ᵀ‖² / ‖XWᵀ‖² on held-out tokens, mean over layers\n"
+        "certificate: proven bound on the distance to the optimum, relative to the gain over the mask; worst layer"
+    )
+    best = min((row for row in rows if row.refitted), key=lambda row: row.score.nats)
+    console.print(f"\nprompt: {PROMPT!r}", markup=False)
+    console.print(f"dense:  {dense.sample!r}", markup=False)
+    console.print(f"pruned: {best.sample!r}  ({best.selector}, {best.pattern})", markup=False)
+    console.print(f"\nwritten to {out}: AutoModelForCausalLM.from_pretrained({str(out)!r}) loads it", markup=False)
+
+
+def _demo_json(row: DemoRow) -> dict[str, Any]:
+    return {
+        "selector": row.selector,
+        "pattern": row.pattern,
+        "refitted": row.refitted,
+        "score": asdict(row.score),
+        "layer_error": row.report.mean_error().model_dump() if row.report else None,
+        "certificate": row.report.certificate if row.report else None,
+        "steps": row.report.steps if row.report else None,
+        "seconds": row.seconds,
+        "sample": row.sample,
+    }
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _shown(held_out: float | None, calibration: float) -> float:
+    return calibration if held_out is None else held_out
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(_finite(value), indent=1, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity, which a perplexity can be: null instead."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: _finite(entry) for key, entry in value.items()}
+        case list() | tuple():
+            return [_finite(entry) for entry in value]
+        case _:
+            return value

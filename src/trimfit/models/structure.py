@@ -1,0 +1,151 @@
+"""Finds decoder blocks and their linear layers in any Hugging Face causal LM, by structure and not by family."""
+
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from trimfit.errors import InputError
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear map y = W x + b, wherever the module keeps W."""
+
+    name: str
+    module: nn.Module
+
+    @property
+    def _parameter(self) -> nn.Parameter:
+        return self.module.get_parameter("weight")
+
+    @property
+    def _transposed(self) -> bool:
+        return isinstance(self.module, Conv1D)  # GPT-2 stores (in, out)
+
+    @property
+    def weight(self) -> Tensor:
+        """W of shape (out, in): a view of the model's own parameter."""
+        parameter = self._parameter.detach()
+        return parameter.T if self._transposed else parameter
+
+    @torch.no_grad()
+    def write(self, weight: Tensor) -> None:
+        """Stores W (out, in) in the model, rounded to the model's dtype."""
+        self._parameter.copy_(weight.T if self._transposed else weight)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder block and its linear layers, in the order in which modules are registered."""
+
+    index: int
+    name: str
+    module: nn.Module
+    layers: tuple[Layer, ...]
+
+
+def find_blocks(model: PreTrainedModel) -> list[Block]:
+    """The decoder blocks: the outermost list of modules that hold linear layers, one for each hidden layer.
+
+    Raises `InputError` for a model that is no decoder-only LM or has no such list, with experts or layers that share
+    their weights, or with weights that are already quantized.
+    """
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise InputError(f"{type(model).__name__} is not a decoder-only language model (AutoModelForCausalLM)")
+    if getattr(model.config, "quantization_config", None):
+        raise InputError(f"{type(model).__name__} is already quantized; start from the full model")
+    name, stack = _find_stack(model)
+    blocks = [_block(index, f"{name}.{index}", module) for index, module in enumerate(stack)]
+    owners: dict[int, str] = {}
+    for layer in (layer for block in blocks for layer in block.layers):
+        owner = owners.setdefault(id(layer.module.get_parameter("weight")), layer.name)
+        if owner != layer.name:
+            raise InputError(f"{layer.name} shares its weights with {owner}, which this version cannot compress")
+    return blocks
+
+
+def _find_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    expected = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    candidates = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and any(_is_linear(child) for child in module.modules())
+    ]
+    outermost = [c for c in candidates if not any(c[0].startswith(f"{other}.") for other, _ in candidates)]
+    exact = [c for c in outermost if len(c[1]) == expected]
+    if not exact:
+        raise InputError(
+            f"no decoder blocks were found in {type(model).__name__}: expected a list of {expected} modules with "
+            "linear layers inside; trimfit works on decoder-only language models"
+        )
+    return max(exact, key=lambda c: sum(p.numel() for p in c[1].parameters()))
+
+
+def _block(index: int, name: str, module: nn.Module) -> Block:
+    layers = tuple(
+        Layer(f"{name}.{inner_name}", inner) for inner_name, inner in module.named_modules() if _is_linear(inner)
+    )
+    for layer in layers:
+        if layer.weight.dtype.itemsize < 2 or not layer.weight.is_floating_point():
+            raise InputError(f"{layer.name} is already quantized ({layer.weight.dtype}); start from the full model")
+    _check_complete(name, module, max((layer.weight.numel() for layer in layers), default=0))
+    return Block(index, name, module, layers)
+
+
+def _check_complete(name: str, module: nn.Module, largest: int) -> None:
+    """Experts, fused or in a list, are no linear layers: pruning the rest of the block would be half the work."""
+    for inner_name, inner in module.named_modules(prefix=name):
+        if _is_linear(inner) or isinstance(inner, nn.Conv1d):
+            continue
+        several = isinstance(inner, nn.ModuleList) and any(_is_linear(child) for child in inner.modules())
+        own = inner.parameters(recurse=False)
+        if several or any(p.dim() > 2 or (p.dim() == 2 and p.numel() > largest) for p in own):
+            what = (
+                "a mixture of experts"
+                if several or "expert" in f"{inner_name} {type(inner).__name__}".lower()
+                else "weights that are not in linear layers"
+            )
+            raise InputError(f"{inner_name} holds {what}, which this version cannot compress; nothing was changed")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def select_layers(model: PreTrainedModel, blocks: Sequence[Block], ignore: Iterable[str]) -> list[Block]:
+    """The blocks, each with only those of its layers that no pattern of `ignore` matches.
+
+    A pattern is a glob on the layer's name or on its end ("*.q_proj", "q_proj", "model.layers.0.*"), or a regular
+    expression after "re:", searched in the name. Raises `InputError` for a pattern that matches no linear layer.
+    """
+    linear = [name for name, module in model.named_modules() if _is_linear(module)]
+    ignored: set[str] = set()
+    for pattern in ignore:
+        matched = {name for name in linear if _matches(name, pattern)}
+        if not matched:
+            raise InputError(
+                f"the ignore pattern {pattern!r} matches no linear layer; names look like {linear[0]!r} "
+                f"and {linear[-1]!r}"
+            )
+        ignored |= matched
+    chosen = [
+        replace(block, layers=tuple(layer for layer in block.layers if layer.name not in ignored)) for block in blocks
+    ]
+    if not any(block.layers for block in chosen):
+        raise InputError("the ignore patterns leave no layer to compress")
+    return chosen
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if pattern.startswith("re:"):
+        try:
+            return re.search(pattern[3:], name) is not None
+        except re.error as error:
+            raise InputError(f"the ignore pattern {pattern!r} is not a regular expression: {error}") from None
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")

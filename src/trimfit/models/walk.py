@@ -1,0 +1,234 @@
+"""Walks a model block by block over calibration windows, holding one block's hidden states and nothing more.
+
+Block inputs are caught by hooks, and every other argument is replayed verbatim, per block: no argument of any
+family is known by name, but for the hidden states.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from trimfit.calibration import GramSum
+from trimfit.errors import InputError
+from trimfit.models.structure import Block, Layer
+
+
+class _Stop(Exception):
+    """Raised by a hook when the rest of a forward pass is not needed."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers of a block that receive the same input, and therefore share a Gram matrix."""
+
+    layers: tuple[Layer, ...]
+    calls: int  # of the first layer in one forward pass
+
+
+@dataclass
+class _Call:
+    """How a block is called: everything but the hidden states."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def run(self, module: nn.Module, hidden: Tensor) -> Tensor:
+        if "hidden_states" in self.keywords:
+            output = module(*self.arguments, **{**self.keywords, "hidden_states": hidden})
+        else:
+            output = module(hidden, *self.arguments, **self.keywords)
+        return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass
+class Walker:
+    """Hidden states of several sets of windows, all standing before the same block.
+
+    - `model`: a causal LM; its weights may change behind the walker, block by block.
+    - `blocks`: its decoder blocks.
+    - `windows`: name of a set → (N, L) token ids, for example the windows to fit on and those held out.
+    - `batch_size`: windows in one forward pass.
+
+    Raises `InputError` when the blocks, called one after the other, do not give what the model gives, when a layer
+    of `blocks` receives no input, and when hidden states are not finite.
+    """
+
+    model: PreTrainedModel
+    blocks: Sequence[Block]
+    windows: dict[str, Tensor]
+    batch_size: int = 8
+    _hidden: dict[str, list[Tensor]] = field(init=False, default_factory=dict[str, list[Tensor]])
+    _calls: dict[int, list[_Call]] = field(init=False, default_factory=dict[int, list[_Call]])
+    _groups: dict[int, list[Group]] = field(init=False, default_factory=dict[int, list[Group]])
+
+    def __iter__(self) -> Iterator[Block]:
+        """Gives each block in turn; asking for the next moves all hidden states through the block as it then is."""
+        with torch.no_grad(), _evaluation_mode(self.model):
+            self._start()
+            for block in self.blocks:
+                yield block
+                for hidden in self._hidden.values():
+                    for i, batch in enumerate(hidden):
+                        hidden[i] = self._run(block, batch)
+
+    def groups(self, block: Block) -> list[Group]:
+        """The block's layers by shared input, in the order in which a forward pass reaches them."""
+        return self._groups[block.index]
+
+    def grams(self, block: Block, groups: Sequence[Group], windows: str) -> list[Tensor]:
+        """The Gram matrix (n, n) of each group's input over one set of windows, with the weights as they now are.
+
+        A forward pass ends as soon as the last of the groups was reached.
+        """
+        sums = [GramSum() for _ in groups]
+        for batch in self._hidden[windows]:
+            remaining = sum(group.calls for group in groups)
+
+            def record(gram: GramSum) -> Callable[..., None]:
+                def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+                    nonlocal remaining
+                    gram.add(arguments[0])
+                    remaining -= 1
+                    if remaining == 0:
+                        raise _Stop
+
+                return hook
+
+            pairs = [(group.layers[0].module, record(gram)) for group, gram in zip(groups, sums, strict=True)]
+            with _hooks(pairs), suppress(_Stop):
+                self._run(block, batch)
+        return [gram.value for gram in sums]
+
+    def _run(self, block: Block, hidden: Tensor) -> Tensor:
+        return self._calls[len(hidden)][block.index].run(block.module, hidden)
+
+    def _start(self) -> None:
+        """Catches what the first block receives, and how each block is called for each batch size."""
+        every = torch.cat(list(self.windows.values()))
+        batches = {name: windows.split(self.batch_size) for name, windows in self.windows.items()}
+        for size in {1, *(len(batch) for name in batches for batch in batches[name])}:
+            self._calls[size], _ = self._record(every[:size])
+        self._check(every[-1:])
+        self._hidden = {name: [self._first_input(batch) for batch in batches[name]] for name in batches}
+
+    def _check(self, window: Tensor) -> None:
+        """Arguments recorded on other windows must serve for this one. Finds the groups on the way."""
+        _, expected = self._record(window)
+        hidden = self._first_input(window)
+        if not torch.isfinite(expected).all():
+            raise InputError(
+                f"the hidden states of {type(self.model).__name__} have NaN or infinite entries: the model is damaged, "
+                f"or overflows in {expected.dtype}"
+            )
+        for block in self.blocks:
+            hidden, self._groups[block.index] = self._trace(block, hidden)
+        # Token by token: those with huge activations, which language models have, must not hide the others.
+        error, size = ((x.float()).norm(dim=-1) for x in (hidden - expected, expected))
+        if (error > 1e-2 * size).any():
+            raise self._unsuitable()
+
+    def _trace(self, block: Block, hidden: Tensor) -> tuple[Tensor, list[Group]]:
+        """What the block makes of `hidden`, and its groups."""
+        seen: list[tuple[Tensor, list[Layer]]] = []
+        calls = dict.fromkeys((layer.name for layer in block.layers), 0)
+
+        def record(layer: Layer) -> Callable[..., None]:
+            def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+                calls[layer.name] += 1
+                if calls[layer.name] > 1:
+                    return
+                same = next((layers for x, layers in seen if _same_tensor(x, arguments[0])), None)
+                if same is None:
+                    seen.append((arguments[0], [layer]))
+                else:
+                    same.append(layer)
+
+            return hook
+
+        with _hooks([(layer.module, record(layer)) for layer in block.layers]):
+            output = self._run(block, hidden)
+        missed = [name for name, count in calls.items() if count == 0]
+        if missed:
+            raise InputError(f"{missed[0]} receives no input in a forward pass, so there is nothing to calibrate it on")
+        return output, [Group(tuple(layers), calls[layers[0].name]) for _, layers in seen]
+
+    def _first_input(self, batch: Tensor) -> Tensor:
+        caught: list[Tensor] = []
+
+        def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            caught.append(keywords["hidden_states"] if "hidden_states" in keywords else arguments[0])
+            raise _Stop
+
+        with _hooks([(self.blocks[0].module, hook)], with_kwargs=True), suppress(_Stop):
+            self._forward(batch)
+        return caught[0]
+
+    def _record(self, batch: Tensor) -> tuple[list[_Call], Tensor]:
+        """How each block is called in a forward pass of the whole model, and what the last block gives."""
+        calls: list[_Call] = []
+        outputs: list[Tensor] = []
+
+        def before(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            if "hidden_states" in keywords:
+                calls.append(_Call(arguments, {**keywords, "hidden_states": None}))
+            elif arguments:
+                calls.append(_Call(arguments[1:], keywords))
+            else:
+                raise self._unsuitable()
+
+        def after(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+            raise _Stop
+
+        last = self.blocks[-1].module.register_forward_hook(after)
+        with _hooks([(block.module, before) for block in self.blocks], with_kwargs=True):
+            try:
+                self._forward(batch)
+            except _Stop:
+                pass
+            finally:
+                last.remove()
+        # Gemma 3n has streams before the batch; others call their blocks in another order, several times or not at all.
+        if len(calls) != len(self.blocks) or not outputs or outputs[0].shape[:2] != batch.shape:
+            raise self._unsuitable()
+        return calls, outputs[0]
+
+    def _unsuitable(self) -> InputError:
+        return InputError(
+            f"the decoder blocks of {type(self.model).__name__} exchange data beside the hidden states or are not called "
+            "one after the other, which block-by-block calibration cannot follow"
+        )
+
+    def _forward(self, batch: Tensor) -> None:
+        self.model(input_ids=batch.to(self.model.device), use_cache=False)
+
+
+def _same_tensor(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+
+@contextmanager
+def _hooks(pairs: Sequence[tuple[nn.Module, Callable[..., None]]], with_kwargs: bool = False) -> Iterator[None]:
+    """Forward pre-hooks that live as long as the context."""
+    with ExitStack() as stack:
+        for module, hook in pairs:
+            handle: RemovableHandle = module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode

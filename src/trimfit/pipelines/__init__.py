@@ -1,0 +1,11 @@
+"""The loops that join the rooms."""
+
+from trimfit.pipelines.config import PruneConfig as PruneConfig
+from trimfit.pipelines.observer import Observer as Observer
+from trimfit.pipelines.prune import prune as prune
+from trimfit.pipelines.prune_checkpoint import prune_checkpoint as prune_checkpoint
+from trimfit.pipelines.prune_checkpoint import save_pruned as save_pruned
+from trimfit.pipelines.records import LayerError as LayerError
+from trimfit.pipelines.records import LayerRecord as LayerRecord
+from trimfit.pipelines.records import PruneReport as PruneReport
+from trimfit.pipelines.score import score_checkpoint as score_checkpoint

@@ -1,0 +1,87 @@
+"""What a run is asked to do: frozen, validated, serialisable."""
+
+from typing import Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from trimfit.masks import SELECTORS, Pattern, Unstructured, parse_pattern
+from trimfit.refit import Auto, Cholesky, ConjugateGradients, Solver
+
+SolverName = Literal["auto", "cholesky", "cg", "cg-diagonal"]
+
+
+class PruneConfig(BaseModel):
+    """How to prune.
+
+    - `sparsity`: share of the weights to remove, in [0, 1); 0.5 when no pattern is given either.
+    - `pattern`: "N:M", N kept of each M consecutive inputs; instead of `sparsity`.
+    - `selector`: what picks the mask: "magnitude", "wanda", "sparsegpt" or "thanos".
+    - `scope`: whether an unstructured mask counts per "row" or over the "layer"; None is the selector's own habit.
+    - `refit`: "optimal" refits the dense weights to the mask; "own" keeps the selector's updated weights;
+      "none" keeps the dense weights where the mask is True.
+    - `solver`, `tolerance`: of the optimal refit; the tolerance is on the relative gap of every row.
+    - `damping`: λ in H + λ·mean(diag H)·I, for selectors and refit.
+    - `capture`: "group" sees inputs from the already pruned groups of the same block; "block" captures them all
+      before the block changes, as the paper does.
+    - `ignore`: layers that stay dense, as globs or "re:" patterns.
+    - `held_out`: share of the windows on which layer errors are measured and nothing is fitted.
+    - `batch_size`: windows in one forward pass.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sparsity: float | None = Field(default=None, ge=0, lt=1)
+    pattern: str | None = None
+    selector: str = "sparsegpt"
+    scope: Literal["row", "layer"] | None = None
+    refit: Literal["optimal", "own", "none"] = "optimal"
+    solver: SolverName = "auto"
+    tolerance: float = Field(default=1e-4, gt=0)
+    damping: float = Field(default=0.01, ge=0)
+    capture: Literal["group", "block"] = "group"
+    ignore: tuple[str, ...] = ()
+    held_out: float = Field(default=0.125, ge=0, lt=1)
+    batch_size: int = Field(default=8, ge=1)
+
+    @field_validator("selector")
+    @classmethod
+    def _known_selector(cls, name: str) -> str:
+        if name not in SELECTORS:
+            raise ValueError(f"unknown selector {name!r}: choose one of {', '.join(SELECTORS)}")
+        return name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.sparsity is not None and self.pattern is not None:
+            raise ValueError("give sparsity or pattern, not both")
+        if self.pattern is not None:
+            parse_pattern(self.pattern)
+            if self.scope is not None:
+                raise ValueError("scope belongs to an unstructured sparsity, not to an N:M pattern")
+        if self.refit == "own" and not SELECTORS[self.selector].updates_weights:
+            raise ValueError(
+                f"the selector {self.selector} has no weight update of its own: use refit 'optimal' or 'none'"
+            )
+        return self
+
+    @property
+    def mask_pattern(self) -> Pattern:
+        """The pattern that masks must follow."""
+        if self.pattern is not None:
+            return parse_pattern(self.pattern)
+        sparsity = 0.5 if self.sparsity is None else self.sparsity
+        return Unstructured(sparsity, self.scope or SELECTORS[self.selector].default_scope)
+
+    def make_solver(self) -> Solver | Auto:
+        """The solver with the tolerance asked for."""
+        dtype = torch.float32
+        match self.solver:
+            case "auto":
+                return Auto(self.tolerance, dtype)
+            case "cholesky":
+                return Cholesky(self.tolerance, dtype)
+            case "cg":
+                return ConjugateGradients("masked_inverse", self.tolerance, dtype=dtype)
+            case "cg-diagonal":
+                return ConjugateGradients("diagonal", self.tolerance, dtype=dtype)

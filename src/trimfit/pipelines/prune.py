@@ -1,0 +1,177 @@
+"""Prune in place: for each block, for each group of layers with the same input: Gram matrix, mask, refit."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trimfit.calibration import check_ids, context_length, split_held_out
+from trimfit.errors import InputError
+from trimfit.masks import SELECTORS, Selection, check_width
+from trimfit.models import Block, Group, Layer, Walker, find_blocks, select_layers
+from trimfit.pipelines.config import PruneConfig
+from trimfit.pipelines.observer import Observer, Silent
+from trimfit.pipelines.records import LayerError, LayerRecord, PruneReport, peak_memory, versions
+from trimfit.refit import FactoredGram, RefitSolution, refit
+
+
+def prune(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    config: PruneConfig | None = None,
+    *,
+    observer: Observer | None = None,
+) -> PruneReport:
+    """Prunes the linear layers of a causal LM's decoder blocks in place. Embeddings and head stay dense.
+
+    **Arguments**
+
+    - `model`: any Hugging Face decoder-only LM, on the device on which to work.
+    - `tokens`: (N, L) int64, calibration windows of L token ids each.
+    - `config`: see `PruneConfig`.
+    - `observer`: told of each finished layer.
+
+    **Returns** a `PruneReport`. Deterministic: the same input gives the same weights on the same machine.
+
+    Raises `InputError` before anything changes when model, tokens and config do not fit together.
+    """
+    config = config or PruneConfig()
+    observer = observer or Silent()
+    start = time.perf_counter()
+    blocks = select_layers(model, find_blocks(model), config.ignore)
+    _check(model, tokens, blocks, config)
+    fit, held_out = split_held_out(tokens, config.held_out)
+    windows = {"fit": fit, "held_out": held_out} if len(held_out) else {"fit": fit}
+
+    total = sum(layer.weight.numel() for block in blocks for layer in block.layers)
+    done = 0
+    records: list[LayerRecord] = []
+    walker = Walker(model, blocks, windows, config.batch_size)
+    observer.stage("reading the calibration windows")
+    for block in walker:
+        observer.stage(f"block {block.index + 1} of {len(blocks)}")
+        groups = walker.groups(block)
+        together = [groups] if config.capture == "block" else [[group] for group in groups]
+        for part in together:
+            for record in _prune_groups(walker, block, part, config):
+                records.append(record)
+                done += record.shape[0] * record.shape[1]
+                observer.layer(record, done / total)
+    return PruneReport(
+        config=config,
+        layers=records,
+        windows=len(fit),
+        held_out_windows=len(held_out),
+        window_length=tokens.shape[1],
+        seconds=time.perf_counter() - start,
+        peak_memory=peak_memory(model.device),
+        versions=versions(),
+    )
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What is known of a group's inputs."""
+
+    gram: FactoredGram
+    held_out: Tensor | None  # undamped, for measuring only
+
+
+def _prune_groups(
+    walker: Walker, block: Block, groups: Sequence[Group], config: PruneConfig
+) -> Iterator[LayerRecord]:
+    """Prunes groups whose inputs are captured together; the Gram matrices live no longer than this generator."""
+    grams = {name: walker.grams(block, groups, name) for name in walker.windows}
+    for group in groups:
+        gram, *held_out = (grams[name].pop(0) for name in walker.windows)
+        with _naming(group.layers[0]):
+            inputs = _Inputs(FactoredGram(gram, config.damping), held_out[0] if held_out else None)
+        for layer in group.layers:
+            yield _prune_layer(layer, block.index, inputs, config, walker.model.device)
+
+
+def _prune_layer(layer: Layer, block: int, inputs: _Inputs, config: PruneConfig, device: torch.device) -> LayerRecord:
+    start = time.perf_counter()
+    dense = layer.weight.float()
+    with _naming(layer):
+        selection = SELECTORS[config.selector].select(dense, inputs.gram, config.mask_pattern)
+        weight, solution = _weights(dense, selection, inputs.gram, config)
+    masked = _errors(dense, dense * selection.mask, inputs)
+    final = _errors(dense, weight, inputs)
+    layer.write(weight)
+    return LayerRecord(
+        name=layer.name,
+        block=block,
+        shape=(dense.shape[0], dense.shape[1]),
+        sparsity=1 - selection.mask.double().mean().item(),
+        masked=masked,
+        final=final,
+        stored=_errors(dense, layer.weight.float(), inputs),
+        certificate=solution.certificate.layer if solution else None,
+        worst_row=solution.certificate.relative.max().item() if solution else None,
+        status=solution.status.value if solution else None,
+        solver=type(solution.solver).__name__ if solution else None,
+        steps=solution.steps if solution else None,
+        damping=inputs.gram.damping,
+        seconds=time.perf_counter() - start,
+        peak_memory=peak_memory(device),
+    )
+
+
+def _weights(
+    dense: Tensor, selection: Selection, gram: FactoredGram, config: PruneConfig
+) -> tuple[Tensor, RefitSolution | None]:
+    """The layer's new weights; with the solution where they were refitted."""
+    if config.refit == "none":
+        return dense * selection.mask, None
+    if config.refit == "own":
+        assert selection.weight is not None  # the config refuses selectors without an update
+        return selection.weight, None
+    solution = refit(gram, dense, selection.mask, solver=config.make_solver())
+    return solution.weight, solution
+
+
+def _errors(dense: Tensor, weight: Tensor, inputs: _Inputs) -> LayerError:
+    difference = weight.double() - dense.double()
+
+    def relative(gram: Tensor) -> float:
+        gram = gram.double()
+        error = ((difference @ gram) * difference).sum().item()
+        energy = ((dense.double() @ gram) * dense.double()).sum().item()
+        return error / energy if energy > 0 else 0.0
+
+    return LayerError(
+        calibration=relative(inputs.gram.raw),
+        held_out=None if inputs.held_out is None else relative(inputs.held_out),
+    )
+
+
+@contextmanager
+def _naming(layer: Layer) -> Iterator[None]:
+    """Puts the layer's name in front of errors of the tensor rooms, which know no models."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{layer.name}: {error}") from error
+
+
+def _check(model: PreTrainedModel, tokens: Tensor, blocks: list[Block], config: PruneConfig) -> None:
+    """Raises `InputError` for whatever can be seen to be wrong before anything changes."""
+    if tokens.dim() != 2 or tokens.numel() == 0:
+        raise InputError(f"tokens must be (windows, length) and not empty, but their shape is {tuple(tokens.shape)}")
+    if tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise InputError(f"token ids must be integers, but they are {tokens.dtype}")
+    check_ids(tokens, model.get_input_embeddings().num_embeddings)
+    longest = context_length(model.config)
+    if longest is not None and tokens.shape[1] > longest:
+        raise InputError(f"the windows have {tokens.shape[1]} tokens, but the model's context is {longest}; cut them")
+    for layer in (layer for block in blocks for layer in block.layers):
+        with _naming(layer):
+            check_width(config.mask_pattern, layer.weight.shape[1])
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise InputError(f"{name} has NaN or infinite entries: the checkpoint is damaged; nothing was changed")

@@ -1,0 +1,92 @@
+"""From a checkpoint on disk to a pruned checkpoint on disk."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trimfit.calibration import CalibrationConfig
+from trimfit.checkpoints import Checkpoint, check_output, fingerprint, load_checkpoint, save_checkpoint
+from trimfit.errors import InputError
+from trimfit.pipelines.config import PruneConfig
+from trimfit.pipelines.observer import Observer, Silent
+from trimfit.pipelines.prune import prune
+from trimfit.pipelines.records import PruneReport
+
+FORMAT = 1  # of trimfit.json
+
+
+def prune_checkpoint(
+    source: str,
+    out: Path,
+    config: PruneConfig,
+    calibration: CalibrationConfig,
+    *,
+    device: torch.device,
+    overwrite: bool = False,
+    observer: Observer | None = None,
+) -> PruneReport:
+    """Loads `source`, prunes it and writes `out`: a plain Hugging Face checkpoint with a `trimfit.json` in it.
+
+    Nothing is written before everything is done and checked. Raises `InputError` for weights that are not finite and
+    for an `out` that would replace `source`; other errors: see `load_checkpoint`, `prune`, `save_checkpoint`.
+    """
+    observer = observer or Silent()
+    check_output(out, overwrite)
+    _check_source_stays(source, out)
+    observer.stage(f"loading {source}")
+    checkpoint = load_checkpoint(source, device)
+    _check_finite(checkpoint.model, source)
+    windows = calibration.windows(checkpoint.tokenizer, checkpoint.model.config)
+    model_fingerprint = fingerprint(checkpoint.model)
+    report = prune(checkpoint.model, windows, config, observer=observer)
+    observer.stage(f"writing {out}")
+    save_pruned(checkpoint, out, report, calibration, windows, model_fingerprint, overwrite=overwrite)
+    return report
+
+
+def save_pruned(
+    checkpoint: Checkpoint,
+    out: Path,
+    report: PruneReport,
+    calibration: CalibrationConfig,
+    windows: Tensor,
+    model_fingerprint: str,
+    *,
+    overwrite: bool,
+) -> None:
+    """Writes a pruned model with the record of how it came about, and checks its zeros.
+
+    `windows` are the calibration windows, `model_fingerprint` is that of the dense model.
+    """
+    sidecar: dict[str, Any] = {
+        "format": FORMAT,
+        "source": checkpoint.source,
+        "calibration": calibration.model_dump(),
+        "device": str(checkpoint.model.device),
+        "fingerprints": {
+            "model": model_fingerprint,
+            "tokens": hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest(),
+        },
+        **report.model_dump(),
+    }
+    zeros = {f"{record.name}.weight": record.sparsity for record in report.layers}
+    save_checkpoint(checkpoint, out, sidecar, sparsity=zeros, overwrite=overwrite)
+
+
+def _check_source_stays(source: str, out: Path) -> None:
+    """`out` replaces all that lies there: never the model itself, or a folder around it."""
+    model = Path(source).expanduser().resolve()
+    if model.is_dir() and model.is_relative_to(out.resolve()):
+        raise InputError(f"writing {out} would destroy the model {source} itself; choose another output")
+
+
+def _check_finite(model: PreTrainedModel, source: str) -> None:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise InputError(
+                f"{name} of {source} has NaN or infinite entries: the checkpoint is damaged, fetch it again"
+            )

@@ -1,0 +1,108 @@
+"""What a run leaves behind about itself."""
+
+import importlib.metadata
+import platform
+import resource
+import sys
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from trimfit.pipelines.config import PruneConfig
+
+
+class LayerError(BaseModel):
+    """Relative output error ‖X(Ŵ − W)ᵀ‖² / ‖XWᵀ‖² against the dense layer on the same inputs.
+
+    `held_out` is None when no windows were held out.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    calibration: float
+    held_out: float | None
+
+
+class LayerRecord(BaseModel):
+    """What was done to one layer and what is known of it.
+
+    - `masked`, `final`: error with the dense weights under the mask, and with the weights as computed.
+    - `stored`: error of the final weights once rounded to the model's dtype.
+    - `certificate`: proven bound on the distance to the optimum relative to the gain over the masked weights, of the
+      whole layer; `worst_row` the largest of a single row. None where nothing was refitted.
+    - `damping`: λ used; it is above the λ asked for when the Gram matrix was singular.
+    - `seconds`: mask and refit of this layer, without the forward passes that its group shares.
+    - `peak_memory`: bytes, the largest so far of this process (or of the device where it counts its own).
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    block: int
+    shape: tuple[int, int]
+    sparsity: float
+    masked: LayerError
+    final: LayerError
+    stored: LayerError
+    certificate: float | None
+    worst_row: float | None
+    status: str | None
+    solver: str | None
+    steps: int | None
+    damping: float
+    seconds: float
+    peak_memory: int
+
+
+class PruneReport(BaseModel):
+    """All that a prune run tells: its config and a record for each layer it changed."""
+
+    model_config = ConfigDict(frozen=True)
+
+    config: PruneConfig
+    layers: list[LayerRecord]
+    windows: int
+    held_out_windows: int
+    window_length: int
+    seconds: float
+    peak_memory: int
+    versions: dict[str, str]
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over all weights of the pruned layers."""
+        sizes = [record.shape[0] * record.shape[1] for record in self.layers]
+        return sum(size * r.sparsity for size, r in zip(sizes, self.layers, strict=True)) / sum(sizes)
+
+    @property
+    def certificate(self) -> float | None:
+        """The largest layer certificate; None where nothing was refitted."""
+        return max((r.certificate for r in self.layers if r.certificate is not None), default=None)
+
+    @property
+    def steps(self) -> int:
+        """Most solver steps of a layer."""
+        return max((r.steps or 0 for r in self.layers), default=0)
+
+    def mean_error(self, stage: str = "final") -> LayerError:
+        """Mean over the layers of `masked`, `final` or `stored`."""
+        errors: list[LayerError] = [getattr(record, stage) for record in self.layers]
+        held_out = [e.held_out for e in errors if e.held_out is not None]
+        return LayerError(
+            calibration=sum(e.calibration for e in errors) / len(errors),
+            held_out=sum(held_out) / len(held_out) if held_out else None,
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a result."""
+    names = ("trimfit", "torch", "transformers", "safetensors", "numpy")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the CUDA allocator's peak on a GPU, the process's largest resident size elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,116 @@
+"""What is particular to a solver, to the choice between them, and to the chunks they work in."""
+
+import pytest
+import torch
+from refit_reference import Reference, make_layer
+
+from trimfit import Auto, Cholesky, ConjugateGradients, FactoredGram, InputError, Status, refit
+from trimfit.refit import Solver
+
+THREE: list[Solver] = [Cholesky(), ConjugateGradients("diagonal"), ConjugateGradients("masked_inverse")]
+EXACT: list[Solver] = [
+    Cholesky(1e-12, torch.float64),
+    ConjugateGradients("diagonal", 1e-12, dtype=torch.float64),
+    ConjugateGradients("masked_inverse", 1e-12, dtype=torch.float64),
+]
+
+
+@pytest.mark.parametrize("solver", EXACT, ids=["cholesky", "diagonal", "masked_inverse"])
+@pytest.mark.parametrize("dense_target", [False, True])
+def test_chunks_change_nothing(request: pytest.FixtureRequest, solver: Solver, dense_target: bool):
+    gram, weight, mask = make_layer(23, 16, decay=1.0)
+    mask[3], mask[7] = True, False
+    target = weight @ gram * 1.1 if dense_target else None
+    whole = refit(gram, weight, mask, target=target, solver=solver)
+    request.getfixturevalue("chunked")
+    parts = refit(gram, weight, mask, target=target, solver=solver)
+    assert parts.status is whole.status is Status.OPTIMAL
+    torch.testing.assert_close(parts.weight, whole.weight, rtol=1e-5, atol=1e-8)
+    assert parts.certificate.gap.shape == (23,)
+
+
+def nearly_singular(size: int = 12) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    base = torch.randn(40, 1, generator=generator, dtype=torch.float64)
+    inputs = base + 1e-5 * torch.randn(40, size, generator=generator, dtype=torch.float64)
+    return inputs.T @ inputs / 40
+
+
+def test_cholesky_falls_back_to_float64(monkeypatch: pytest.MonkeyPatch):
+    gram = nearly_singular()
+    dtypes: list[torch.dtype] = []
+    factorise = torch.linalg.cholesky_ex
+
+    def watched(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        dtypes.append(matrix.dtype)
+        return factorise(matrix)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", watched)
+    factored = FactoredGram(gram)
+    _, weight, mask = make_layer(5, 12)
+    solution = refit(factored, weight, mask, solver=Cholesky())
+    assert dtypes[-2:] == [torch.float32, torch.float64]
+    assert solution.damping == 0
+    assert solution.status is Status.OPTIMAL
+    reference = Reference(gram, weight, mask)
+    assert (reference.gap(solution.weight) <= 1e-4 * reference.gain).all()
+
+
+@pytest.mark.parametrize("name", ["diagonal", "masked_inverse"])
+def test_gradients_fall_back_to_float64(name: str):
+    gram = nearly_singular()
+    _, weight, mask = make_layer(5, 12)
+    solution = refit(gram, weight, mask, solver=ConjugateGradients(name))
+    assert solution.damping == 0
+    assert solution.status is Status.OPTIMAL
+    reference = Reference(gram, weight, mask)
+    assert (reference.gap(solution.weight) <= 1e-4 * reference.gain).all()
+
+
+def test_the_masked_inverse_needs_fewer_steps():
+    gram, weight, mask = make_layer(20, 64, decay=2.0)
+    steps = [refit(gram, weight, mask, solver=solver).steps for solver in THREE]
+    assert steps[0] == 1
+    assert steps[2] < steps[1]
+
+
+def test_rows_that_are_finished_leave_the_batch(monkeypatch: pytest.MonkeyPatch):
+    gram, weight, mask = make_layer(40, 32, decay=2.0)
+    mask[:36] = True
+    mask[:36, 0] = False  # easy rows
+    expected = Reference(gram, weight, mask)
+    for name in ("diagonal", "masked_inverse"):
+        solution = refit(gram, weight, mask, solver=ConjugateGradients(name))
+        assert solution.status is Status.OPTIMAL
+        assert (expected.gap(solution.weight) <= 1e-4 * expected.gain).all()
+
+
+def chosen(gram: torch.Tensor, mask: torch.Tensor, damping: float = 0.01) -> Solver:
+    return Auto(1e-3, torch.float64).choose(FactoredGram(gram, damping), mask)
+
+
+def test_the_automatic_choice():
+    gram, _, half = make_layer(16, 256, decay=1.0)
+    assert chosen(gram, half) == ConjugateGradients("masked_inverse", 1e-3, dtype=torch.float64)
+    few = torch.arange(256).expand(16, 256) < 8
+    assert chosen(gram, few) == Cholesky(1e-3, torch.float64)
+    singular, _, _ = make_layer(1, 256, tokens=40)
+    assert chosen(singular, half, 1e-8) == Cholesky(1e-3, torch.float64)
+    assert isinstance(chosen(gram, torch.zeros(3, 256, dtype=torch.bool)), Cholesky)
+
+
+@pytest.mark.parametrize("make", [Auto, Cholesky, ConjugateGradients])
+def test_settings_with_which_nothing_can_be_solved(make: type[Auto] | type[Cholesky] | type[ConjugateGradients]):
+    for tolerance in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="tolerance must be positive, but it is"):
+            make(tolerance=tolerance)
+    with pytest.raises(InputError, match=r"torch.float32 or torch.float64, but its dtype is torch.bfloat16"):
+        make(dtype=torch.bfloat16)
+
+
+def test_settings_of_some_solvers():
+    for make in (Cholesky, ConjugateGradients):
+        with pytest.raises(InputError, match="at least one step, but max_steps is 0"):
+            make(max_steps=0)
+    with pytest.raises(InputError, match='"diagonal" or "masked_inverse", not \'none\''):
+        ConjugateGradients("none")  # type: ignore[arg-type]

@@ -17,14 +17,23 @@ from pathlib import Path
 
 import torch
 from common import machine, quiet
+from transformers import PreTrainedModel
 
 import trimfit
 from trimfit.calibration import CalibrationConfig, read_documents
 from trimfit.calibration.standard_library import EVALUATION, read_modules
 from trimfit.demo.run import model_path
 from trimfit.evaluate import score_text
+from trimfit.masks import parse_pattern
+from trimfit.models import find_blocks
 
-SPARSITIES = ({"sparsity": 0.5}, {"sparsity": 0.6}, {"sparsity": 0.7}, {"pattern": "2:4"}, {"pattern": "4:8"})
+PATTERNS: dict[str, dict[str, float | str]] = {
+    "50%": {"sparsity": 0.5},
+    "60%": {"sparsity": 0.6},
+    "70%": {"sparsity": 0.7},
+    "2:4": {"pattern": "2:4"},
+    "4:8": {"pattern": "4:8"},
+}
 VARIANTS = (
     ("magnitude", "none"),
     ("magnitude", "optimal"),
@@ -41,10 +50,13 @@ UPDATE = {"none": "none", "own": "own", "optimal": "optimal refit"}
 
 
 def documents(name: str, characters: int | None, skip: float) -> list[str]:
-    """The texts of a source: of each its first `characters`, without the first share `skip` of the documents."""
+    """The texts of a source without the first share `skip` of them; of each only the middle `characters`."""
     texts = read_modules(EVALUATION) if name == "demo" else read_documents(name)
     texts = texts[round(skip * len(texts)) :]
-    return [text[:characters] for text in texts]
+    if characters is None:
+        return texts
+    starts = [max(0, (len(text) - characters) // 2) for text in texts]
+    return [text[start : start + characters] for text, start in zip(texts, starts, strict=True)]
 
 
 def main() -> None:
@@ -55,10 +67,11 @@ def main() -> None:
     parser.add_argument(
         "--skip", type=float, default=0.0, help="share of the text's documents, from its start, to skip"
     )
-    parser.add_argument("--characters", type=int, help="of each document to score")
+    parser.add_argument("--characters", type=int, help="of each document to score, from its middle")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--patterns", nargs="*", help="such as 50% 2:4; all five when left out")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
@@ -72,20 +85,24 @@ def main() -> None:
     dense = score_text(model, tokenizer, texts, length=length)
 
     cells: list[dict[str, object]] = []
-    for seed, pattern, (selector, update) in itertools.product(range(arguments.seeds), SPARSITIES, VARIANTS):
+    chosen = arguments.patterns or list(PATTERNS)
+    for seed, label, (selector, update) in itertools.product(range(arguments.seeds), chosen, VARIANTS):
+        pattern = PATTERNS[label]
         calibration = CalibrationConfig(
             source=arguments.calibration, samples=arguments.samples, sequence_length=length, seed=seed
         )
         windows = calibration.windows(tokenizer, model.config)
         model.load_state_dict(dense_state)
         start = time.perf_counter()
-        config = trimfit.PruneConfig.model_validate({"selector": selector, "refit": update, **pattern})
+        config = trimfit.PruneConfig.model_validate(
+            {"selector": selector, "refit": update, "ignore": indivisible(model, pattern), **pattern}
+        )
         report = trimfit.prune(model, windows, config)
         seconds = time.perf_counter() - start
         score = score_text(model, tokenizer, texts, length=length)
         error = report.mean_error().held_out
         cell = {
-            "pattern": config.pattern or f"{config.mask_pattern.sparsity:.0%}",
+            "pattern": label,
             "selector": selector,
             "update": update,
             "seed": seed,
@@ -109,6 +126,15 @@ def main() -> None:
     print(table(cells, "held_out_error", ".4f"))
     if arguments.json:
         arguments.json.write_text(json.dumps({"dense": dense.perplexity, "cells": cells}, indent=1))
+
+
+def indivisible(model: PreTrainedModel, pattern: dict[str, float | str]) -> tuple[str, ...]:
+    """Layers whose width the pattern does not divide; they stay dense."""
+    if "pattern" not in pattern:
+        return ()
+    m = parse_pattern(str(pattern["pattern"])).m
+    layers = [layer for block in find_blocks(model) for layer in block.layers if layer.weight.shape[1] % m]
+    return tuple(layer.name for layer in layers)
 
 
 def table(cells: list[dict[str, object]], quantity: str, form: str) -> str:

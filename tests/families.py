@@ -1,11 +1,14 @@
 """Tiny random models of each family, built from their configs: nothing is downloaded."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 VOCABULARY = 64
@@ -59,7 +62,7 @@ class Family:
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Weights large enough for attention to be far from uniform; norms, biases and sinks moved from where they start."""
+    """Weights so large that attention is far from uniform; norms, biases and sinks moved from where they start."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -79,6 +82,35 @@ def matrix(module: nn.Module) -> Tensor:
     """W (out, in) of a linear module, written independently of the library."""
     weight = module.get_parameter("weight").detach()
     return weight.T if isinstance(module, Conv1D) else weight
+
+
+@torch.no_grad()
+def plain_inputs(model: PreTrainedModel, tokens: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """What each layer receives in a plain forward pass, (tokens, n) float64; several calls are put together."""
+    caught: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def catch(name: str) -> Callable[..., None]:
+        return lambda module, arguments: caught[name].append(arguments[0].flatten(0, -2).double())
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(catch(name)) for name in names]
+    model(input_ids=tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts) for name, parts in caught.items()}
+
+
+def plain_grams(model: PreTrainedModel, tokens: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """XᵀX / T of each layer's inputs X in a plain forward pass."""
+    return {name: x.T @ x / len(x) for name, x in plain_inputs(model, tokens, names).items()}
+
+
+def make_word_tokenizer(size: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """One token for each of the words w0, w1, …; w0 pads, w1 begins and w2 ends a text."""
+    words = {f"w{i}": i for i in range(size)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "w0", "pad_token": "w0", "bos_token": "w1", "eos_token": "w2"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 def _table(*families: Family) -> dict[str, Family]:
@@ -162,8 +194,11 @@ MORE_FAMILIES = _table(
     Family("olmo3", options=_LLAMA_SIZES | {"sliding_window": WINDOW}),
     Family("granite", options=_LLAMA_SIZES | {"residual_multiplier": 0.5, "embedding_multiplier": 3.0}),
     Family("smollm3", options=_LLAMA_SIZES | {"no_rope_layers": [1, 0]}),
-    Family("glm4", groups=(_Q_K_V, ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
-           options=_LLAMA_SIZES | {"head_dim": 8}),
+    Family(
+        "glm4",
+        groups=(_Q_K_V, ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
+        options=_LLAMA_SIZES | {"head_dim": 8},
+    ),
     Family("stablelm", options=_LLAMA_SIZES | {"use_qkv_bias": True}),
     Family(  # attention and MLP in parallel on one input
         "cohere",
@@ -267,3 +302,76 @@ MORE_FAMILIES = _table(
     ),
 )
 ALL_FAMILIES = FAMILIES | MORE_FAMILIES
+
+
+def _variant(name: str, groups: Groups | None = None, **options: Any) -> Family:
+    family = ALL_FAMILIES[name]
+    return Family(name, family.stack, groups or family.groups, family.options | options)
+
+
+# Other forms of the same families, as their checkpoints come: other masks, positions and wiring.
+VARIANTS = {
+    "llama-biases": _variant("llama", attention_bias=True, mlp_bias=True),
+    "llama-eager": _variant("llama", attn_implementation="eager"),
+    "llama-tied": _variant("llama", tie_word_embeddings=True),
+    "llama-scaled-positions": _variant(
+        "llama",
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "gemma2-eager": _variant("gemma2", attn_implementation="eager"),
+    "gemma3-eager": _variant("gemma3_text", attn_implementation="eager"),
+    "qwen2-some-local": _variant("qwen2", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    "phi3-local": _variant("phi3", sliding_window=WINDOW, partial_rotary_factor=0.5),
+    "opt-350m": _variant("opt", do_layer_norm_before=False),
+    "gpt2-eager": _variant("gpt2", attn_implementation="eager", scale_attn_by_inverse_layer_idx=True),
+    "gpt_neox-sequential": _variant("gpt_neox", use_parallel_residual=False),
+    "stablelm-parallel": _variant(
+        "stablelm",
+        ((*_Q_K_V, "mlp.gate_proj", "mlp.up_proj"), ("self_attn.o_proj",), ("mlp.down_proj",)),
+        use_parallel_residual=True,
+        qk_layernorm=True,
+    ),
+    "falcon-40b": _variant(
+        "falcon",
+        (
+            ("self_attention.query_key_value",),
+            ("self_attention.dense",),
+            ("mlp.dense_h_to_4h",),
+            ("mlp.dense_4h_to_h",),
+        ),
+        new_decoder_architecture=True,
+        num_kv_heads=2,
+    ),
+    "falcon-rw": _variant(
+        "falcon",
+        (
+            ("self_attention.query_key_value",),
+            ("self_attention.dense",),
+            ("mlp.dense_h_to_4h",),
+            ("mlp.dense_4h_to_h",),
+        ),
+        alibi=True,
+        parallel_attn=False,
+        multi_query=False,
+        bias=True,
+    ),
+}
+EVERYTHING = ALL_FAMILIES | VARIANTS
+
+
+def for_each(families: dict[str, Family]) -> pytest.MarkDecorator:
+    """Runs a test once for each family, as the argument `family`."""
+    # transformers scripts the activations of GPT-BigCode when it is imported.
+    scripted = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+    parameters = [
+        pytest.param(family, id=name, marks=[scripted] if name == "gpt_bigcode" else [])
+        for name, family in families.items()
+    ]
+    return pytest.mark.parametrize("family", parameters)

@@ -199,6 +199,15 @@ def test_half_precision_is_upcast_before_the_solve(solver: Solver, dtype: torch.
 
 
 @three_solvers
+def test_autocast_does_not_reach_the_solve(solver: Solver):
+    gram, weight, mask = make_layer(8, 48, decay=2.0)
+    expected = refit(gram, weight.float(), mask, solver=solver)
+    with torch.autocast("cpu", torch.bfloat16):
+        solution = refit(gram, weight.float(), mask, solver=solver)
+    assert torch.equal(solution.weight, expected.weight)
+
+
+@three_solvers
 def test_gradients_are_not_tracked_and_inputs_not_changed(solver: Solver):
     gram, weight, mask = make_layer(4, 8)
     gram.requires_grad_()
@@ -244,7 +253,7 @@ def layers(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
 
 
 solvers = st.sampled_from([SOLVERS[name] for name in ("cholesky", "diagonal", "masked_inverse")])
-some = settings(max_examples=40, deadline=None, derandomize=True)
+some = settings(max_examples=100, deadline=None, derandomize=True)
 
 
 @some

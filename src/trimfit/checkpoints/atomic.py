@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def check_output(out: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def atomic_directory(out: Path, overwrite: bool) -> Iterator[Path]:
+def atomic_directory(out: Path, overwrite: bool) -> Generator[Path]:
     """Gives an empty sibling of `out` to write to, and renames it to `out` when the context ends well.
 
     On any error, an interrupt included, the sibling is removed and `out` is as it was. A full disk is a `RunError`.
@@ -68,11 +68,12 @@ def _replace(beside: Path, out: Path) -> None:
         beside.rename(out)
         return
     old = beside.with_suffix(".old")
-    out.rename(old)
     try:
+        out.rename(old)
         beside.rename(out)
-    except OSError:
-        old.rename(out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
 

@@ -1,10 +1,10 @@
 """Loads a Hugging Face causal LM with its tokenizer, and says clearly why something cannot be loaded."""
 
 import hashlib
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,11 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from trimfit.checkpoints.shards import INDEX, SINGLE, shard_files
 from trimfit.errors import InputError
 
 log = logging.getLogger(__name__)
 
-_INDEX = "model.safetensors.index.json"
+_TOKENIZER = ("tokenizer*", "vocab*", "*.model")
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,15 @@ def load_checkpoint(source: str, device: torch.device | None = None) -> Checkpoi
         raise InputError(f"there is no model directory {source}")
     config = _load_config(source)
     _check_causal(source, config)
-    model = _load_model(source)
     tokenizer = _load_tokenizer(source)
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
+    model = _load_model(source, device or torch.device("cpu"))
+    rows = model.get_input_embeddings().get_parameter("weight").shape[0]
+    if tokenizer.vocab_size > rows:  # tokens added beyond it may be without a row, as Gemma 3's image token is
         raise InputError(
-            f"the tokenizer of {source} has {len(tokenizer)} tokens but the model embeds only {rows}: "
+            f"the tokenizer of {source} has {tokenizer.vocab_size} tokens but the model embeds only {rows}: "
             "it belongs to another model"
         )
-    return Checkpoint(source, model.to(device or torch.device("cpu")), tokenizer)
+    return Checkpoint(source, model, tokenizer)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -78,25 +79,14 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def shard_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, [] when it has none."""
-    index = directory / _INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise InputError(f"{index} is damaged: download the model again") from None
-        return [directory / name for name in names]
-    single = directory / "model.safetensors"
-    return [single] if single.is_file() else []
-
-
 def _check_files(directory: Path) -> None:
     if not (directory / "config.json").is_file():
         raise InputError(f"{directory} has no config.json, so it is not a Hugging Face model directory")
     shards = shard_files(directory)
-    if not shards and not any(directory.glob("*.bin")) and not any(directory.glob("*.safetensors")):
-        raise InputError(f"{directory} has no weights (*.safetensors): the download is incomplete")
+    if not shards and not any(directory.glob("*.bin")):
+        raise InputError(
+            f"{directory} has no weights ({SINGLE} or {INDEX}): the download is incomplete, fetch it again"
+        )
     for shard in shards:
         if not shard.is_file():
             raise InputError(f"{directory} lacks the shard {shard.name}: the download is incomplete, fetch it again")
@@ -125,24 +115,33 @@ def _check_causal(source: str, config: PreTrainedConfig) -> None:
         raise InputError(f"{source} is quantized already; start from the full-precision model")
 
 
-def _load_model(source: str) -> PreTrainedModel:
+def _load_model(source: str, device: torch.device) -> PreTrainedModel:
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except Exception as error:  # transformers raises many kinds; each means that this model cannot be used
         raise InputError(f"the model {source} cannot be loaded: {_first_line(error)}") from error
+    model, info = loaded
+    if info["mismatched_keys"]:
+        name = sorted(info["mismatched_keys"])[0][0]
+        raise InputError(f"weights of {source} have other shapes than config.json says, {name} first")
     missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(
             f"the checkpoint {source} lacks {len(missing)} weights, {missing[0]} first: the download is incomplete "
             "or config.json belongs to another model"
         )
-    if info.get("mismatched_keys"):
-        name = sorted(info["mismatched_keys"])[0]
-        raise InputError(f"weights of {source} have other shapes than config.json says, first {name}")
-    return model.eval()
+    unused = sorted(info["unexpected_keys"])
+    if unused:
+        log.warning("%d weights of %s are unknown to the model and left out, %s first", len(unused), source, unused[0])
+    return model.to(device).eval()
 
 
 def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    directory = Path(source)
+    if directory.is_dir() and not any(file for pattern in _TOKENIZER for file in directory.glob(pattern)):
+        raise InputError(f"{directory} has no tokenizer (tokenizer.json): the download is incomplete, fetch it again")
     try:
         return AutoTokenizer.from_pretrained(source)
     except Exception as error:  # as above

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+from transformers.utils.hub import cached_file
 
 from trimfit.checkpoints.atomic import atomic_directory
-from trimfit.checkpoints.load import Checkpoint, shard_files
+from trimfit.checkpoints.load import Checkpoint
+from trimfit.checkpoints.shards import merge, shard_map
 from trimfit.errors import RunError
 
 SIDECAR = "trimfit.json"
-_UNSPLIT = 10**15
 
 
 def save_checkpoint(
@@ -34,23 +35,41 @@ def save_checkpoint(
     """
     with atomic_directory(out, overwrite) as beside:
         _check_space(checkpoint, beside)
-        checkpoint.model.save_pretrained(beside, max_shard_size=_shard_size(checkpoint.source))
+        _save_model(checkpoint, beside)
         checkpoint.tokenizer.save_pretrained(beside)
         (beside / SIDECAR).write_text(json.dumps(sidecar, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         _verify(checkpoint, beside, sparsity)
 
 
-def _shard_size(source: str) -> int:
-    """Largest shard of the source, which splits the same tensors at the same places."""
-    shards = shard_files(Path(source)) if Path(source).is_dir() else []
-    if len(shards) <= 1:
-        return _UNSPLIT
-    return max(_tensor_bytes(shard) for shard in shards)
+def _save_model(checkpoint: Checkpoint, directory: Path) -> None:
+    """As transformers does, but split as the source and with its generation config.
+
+    Left to itself, transformers orders the weights by name, whatever the order of the source, and refuses to save
+    many a generation config that it loads.
+    """
+    model = checkpoint.model
+    generation = model.generation_config
+    model.generation_config = GenerationConfig()
+    shards = _source_shards(checkpoint.source)
+    try:
+        if shards:
+            parts = directory / "parts"
+            model.save_pretrained(parts, max_shard_size=1)  # byte: a file for each weight
+            merge(parts, directory, shards)
+        else:
+            model.save_pretrained(directory)
+    finally:
+        model.generation_config = generation
+    if model.can_generate():
+        generation.to_json_file(directory / GENERATION_CONFIG_NAME)
 
 
-def _tensor_bytes(shard: Path) -> int:
-    with safe_open(shard, framework="pt") as file:
-        return sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+def _source_shards(source: str) -> dict[str, str]:
+    try:
+        config = cached_file(source, CONFIG_NAME, local_files_only=True)  # in the directory or the cache of the hub
+    except (OSError, ValueError):  # a model that was not loaded from anywhere
+        config = None
+    return shard_map(Path(config).parent) if config else {}
 
 
 def _check_space(checkpoint: Checkpoint, directory: Path) -> None:

@@ -104,9 +104,9 @@ def _usage_problem(error: Exception) -> str:
 def _first_problem(error: ValidationError) -> str:
     """The first of pydantic's complaints as a sentence about an option."""
     first = error.errors()[0]
-    message = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
-        return message
+    if first["type"] == "value_error":  # our own sentence
+        return first["msg"].removeprefix("Value error, ")
+    message = first["msg"]
     option = "--" + str(first["loc"][0]).replace("_", "-")
     return f"{option}: {message[0].lower()}{message[1:]}, but it is {first['input']!r}"
 

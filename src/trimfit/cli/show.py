@@ -79,7 +79,7 @@ def prune(report: PruneReport, out: Path, *, as_json: bool) -> None:
         values = [getattr(report.mean_error(stage), which) for stage in ("masked", "final", "stored")]
         table.add_row(f"mean layer error, {label}", *(_number(v, ".4f") for v in values))
     console = Console()
-    console.print(table)
+    console.print(table, "")
     config = report.config
     tokens = report.windows * report.window_length
     console.print(
@@ -90,8 +90,8 @@ def prune(report: PruneReport, out: Path, *, as_json: bool) -> None:
     if report.certificate is not None:
         unfinished = sum(record.status != "optimal" for record in report.layers)
         console.print(
-            f"certificate: every layer is proven within {report.certificate:.1e} of its optimum "
-            f"(gap / gain), at most {report.steps} solver steps"
+            f"certificate: before rounding to the model's dtype, every layer is proven within {report.certificate:.1e} "
+            f"of its optimum (gap / gain over the mask), at most {report.steps} solver steps"
             + (f"; {unfinished} layers did not reach the tolerance" if unfinished else "")
         )
     console.print(f"{report.seconds:.1f} s, peak memory {report.peak_memory / 2**20:.0f} MiB")
@@ -119,7 +119,7 @@ def demo(rows: Sequence[DemoRow], out: Path, *, as_json: bool) -> None:
         return
     console = Console()
     dense = rows[0]
-    table = _table("model", "pattern", "weights", "perplexity", "layer error", "certificate", "steps", "seconds")
+    table = _table("model", "pattern", "weights", "perplexity", "error", "certificate", "steps", "seconds")
     table.add_row("dense", "", "", f"{dense.score.perplexity:.3f}", "", "", "", "")
     previous = None
     for row in rows[1:]:
@@ -137,18 +137,21 @@ def demo(rows: Sequence[DemoRow], out: Path, *, as_json: bool) -> None:
             str(row.report.steps) if row.refitted else "–",
             f"{row.seconds:.1f}",
         )
-    console.print(table)
+    console.print(table, "")
     console.print(
         f"perplexity: {dense.score.tokens:,} tokens of standard-library modules that neither training nor calibration "
         f"saw, windows of {dense.score.window}; dense: {dense.score.bits_per_byte:.3f} bits/byte\n"
-        "layer error: ‖X(Ŵ−W)ᵀ‖² / ‖XWᵀ‖² on held-out tokens, mean over layers\n"
+        "error: ‖X(Ŵ−W)ᵀ‖² / ‖XWᵀ‖² on held-out tokens, mean over layers\n"
         "certificate: proven bound on the distance to the optimum, relative to the gain over the mask; worst layer"
     )
     best = min((row for row in rows if row.refitted), key=lambda row: row.score.nats)
-    console.print(f"\nprompt: {PROMPT!r}", markup=False)
-    console.print(f"dense:  {dense.sample!r}", markup=False)
-    console.print(f"pruned: {best.sample!r}  ({best.selector}, {best.pattern})", markup=False)
-    console.print(f"\nwritten to {out}: AutoModelForCausalLM.from_pretrained({str(out)!r}) loads it", markup=False)
+    for line in (
+        f"\nprompt: {PROMPT!r}",
+        f"dense:  {dense.sample!r}",
+        f"pruned: {best.sample!r}  ({best.selector}, {best.pattern})",
+        f"\nwritten to {out}: AutoModelForCausalLM.from_pretrained({str(out)!r}) loads it",
+    ):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _demo_json(row: DemoRow) -> dict[str, Any]:
@@ -166,9 +169,9 @@ def _demo_json(row: DemoRow) -> dict[str, Any]:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)  # eight columns fit in 80 characters
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     return table
 
 

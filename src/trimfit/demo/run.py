@@ -23,9 +23,9 @@ PATTERNS: tuple[tuple[str, dict[str, float | str]], ...] = (
     ("50 %", {"sparsity": 0.5}),
     ("2:4", {"pattern": "2:4"}),
 )
-WINDOW = 256
-SAMPLES = 48
-SCORED_CHARACTERS = 8000  # from the beginning of each evaluation module
+WINDOW = 512
+SAMPLES = 20
+SCORED_CHARACTERS = 6000  # from the middle of each evaluation module
 PROMPT = 'def read_lines(path):\n    """'
 NEW_TOKENS = 24
 
@@ -67,7 +67,7 @@ def run_demo(out: Path, observer: Observer, device: torch.device) -> Iterator[De
     calibration = CalibrationConfig(samples=SAMPLES, sequence_length=WINDOW)
     windows = calibration.windows(tokenizer, model.config)
     before = fingerprint(model)
-    documents = [text[:SCORED_CHARACTERS] for text in read_modules(EVALUATION)]
+    documents = [_middle(text) for text in read_modules(EVALUATION)]
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     yield _row(model, tokenizer, documents, None, None, 0.0)
 
@@ -94,6 +94,11 @@ def _is_earlier_demo(out: Path) -> bool:
         return json.loads((out / SIDECAR).read_text(encoding="utf-8"))["source"] == str(model_path())
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _middle(text: str) -> str:
+    start = max(0, (len(text) - SCORED_CHARACTERS) // 2)
+    return text[start : start + SCORED_CHARACTERS]
 
 
 def _row(

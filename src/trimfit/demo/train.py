@@ -90,7 +90,8 @@ def main(out: Path, seed: int) -> None:
     assert isinstance(bos, int)
     tokens = torch.tensor([token for ids in tokenizer(texts)["input_ids"] for token in ids])
     print(
-        f"{standard_library.describe()}: {len(texts)} files, {sum(map(len, texts)):,} characters, {len(tokens):,} tokens"
+        f"{standard_library.describe()}: {len(texts)} files, {sum(map(len, texts)):,} characters, "
+        f"{len(tokens):,} tokens"
     )
 
     model = build_model(bos)

@@ -1,8 +1,7 @@
 """The mean negative log-likelihood a causal language model gives to tokens and to text."""
 
 import math
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from trimfit.calibration import added_tokens, check_ids, context_length
 from trimfit.errors import InputError, RunError
 from trimfit.evaluate.token_bytes import token_bytes
+from trimfit.models import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -163,7 +163,7 @@ def _negative_log_likelihood(
     if count == 0:
         raise InputError("there is no token to predict: give text, or windows of at least 2 tokens")
     _check_windows(model, windows)
-    with torch.inference_mode(), _eval_mode(model):
+    with torch.inference_mode(), evaluation_mode(model):
         batches = _batches([len(window) for window in windows], first_target, batch_tokens)
         total = sum(_batch_loss(model, windows, batch, first_target) for batch in batches)
     return total, count
@@ -197,17 +197,6 @@ def _input_device(model: "PreTrainedModel") -> torch.device:
     # Weights that are offloaded are on "meta"; the hooks that bring them also move the inputs.
     devices = (parameter.device for parameter in model.parameters())
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Generator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _batches(lengths: list[int], first_target: int, batch_tokens: int) -> Iterator[list[int]]:

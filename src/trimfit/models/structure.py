@@ -84,7 +84,11 @@ def _find_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             f"no decoder blocks were found in {type(model).__name__}: expected a list of {expected} modules with "
             "linear layers inside; trimfit works on decoder-only language models"
         )
-    return max(exact, key=lambda c: sum(p.numel() for p in c[1].parameters()))
+    return max(exact, key=_size)
+
+
+def _size(candidate: tuple[str, nn.ModuleList]) -> int:
+    return sum(parameter.numel() for parameter in candidate[1].parameters())
 
 
 def _block(index: int, name: str, module: nn.Module) -> Block:

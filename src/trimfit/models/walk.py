@@ -4,7 +4,7 @@ Block inputs are caught by hooks, and every other argument is replayed verbatim,
 family is known by name, but for the hidden states.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from trimfit.calibration import GramSum
 from trimfit.errors import InputError
+from trimfit.models.mode import evaluation_mode
 from trimfit.models.structure import Block, Layer
 
 
@@ -43,7 +44,7 @@ class _Call:
             output = module(*self.arguments, **{**self.keywords, "hidden_states": hidden})
         else:
             output = module(hidden, *self.arguments, **self.keywords)
-        return output[0] if isinstance(output, tuple) else output
+        return _states(output)
 
 
 @dataclass
@@ -69,10 +70,12 @@ class Walker:
 
     def __iter__(self) -> Iterator[Block]:
         """Gives each block in turn; asking for the next moves all hidden states through the block as it then is."""
-        with torch.no_grad(), _evaluation_mode(self.model):
+        with torch.no_grad(), evaluation_mode(self.model):
             self._start()
             for block in self.blocks:
                 yield block
+                if block is self.blocks[-1]:
+                    return
                 for hidden in self._hidden.values():
                     for i, batch in enumerate(hidden):
                         hidden[i] = self._run(block, batch)
@@ -114,27 +117,27 @@ class Walker:
         batches = {name: windows.split(self.batch_size) for name, windows in self.windows.items()}
         for size in {1, *(len(batch) for name in batches for batch in batches[name])}:
             self._calls[size], _ = self._record(every[:size])
-        self._check(every[-1:])
+        self._check([every[:1], every[-1:]])
         self._hidden = {name: [self._first_input(batch) for batch in batches[name]] for name in batches}
 
-    def _check(self, window: Tensor) -> None:
-        """Arguments recorded on other windows must serve for this one. Finds the groups on the way."""
-        _, expected = self._record(window)
-        hidden = self._first_input(window)
-        if not torch.isfinite(expected).all():
+    def _check(self, windows: Sequence[Tensor]) -> None:
+        """Arguments recorded once must serve for all windows, taken through each block together. Finds the groups."""
+        expected = [self._record(window)[1] for window in windows]
+        hidden = [self._first_input(window) for window in windows]
+        if not all(torch.isfinite(states).all() for states in expected):
             raise InputError(
                 f"the hidden states of {type(self.model).__name__} have NaN or infinite entries: the model is damaged, "
-                f"or overflows in {expected.dtype}"
+                f"or overflows in {expected[0].dtype}"
             )
         for block in self.blocks:
-            hidden, self._groups[block.index] = self._trace(block, hidden)
-        # Token by token: those with huge activations, which language models have, must not hide the others.
-        error, size = ((x.float()).norm(dim=-1) for x in (hidden - expected, expected))
-        if (error > 1e-2 * size).any():
-            raise self._unsuitable()
+            self._groups[block.index] = self._find_groups(block, hidden[0])
+            hidden = [self._run(block, states) for states in hidden]
+        for states, plain in zip(hidden, expected, strict=True):
+            # Token by token: the few with huge activations, which language models have, must not hide the others.
+            if ((states - plain).float().norm(dim=-1) > 1e-2 * plain.float().norm(dim=-1)).any():
+                raise self._unsuitable()
 
-    def _trace(self, block: Block, hidden: Tensor) -> tuple[Tensor, list[Group]]:
-        """What the block makes of `hidden`, and its groups."""
+    def _find_groups(self, block: Block, hidden: Tensor) -> list[Group]:
         seen: list[tuple[Tensor, list[Layer]]] = []
         calls = dict.fromkeys((layer.name for layer in block.layers), 0)
 
@@ -152,11 +155,11 @@ class Walker:
             return hook
 
         with _hooks([(layer.module, record(layer)) for layer in block.layers]):
-            output = self._run(block, hidden)
+            self._run(block, hidden)
         missed = [name for name, count in calls.items() if count == 0]
         if missed:
             raise InputError(f"{missed[0]} receives no input in a forward pass, so there is nothing to calibrate it on")
-        return output, [Group(tuple(layers), calls[layers[0].name]) for _, layers in seen]
+        return [Group(tuple(layers), calls[layers[0].name]) for _, layers in seen]
 
     def _first_input(self, batch: Tensor) -> Tensor:
         caught: list[Tensor] = []
@@ -183,7 +186,7 @@ class Walker:
                 raise self._unsuitable()
 
         def after(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-            outputs.append(output[0] if isinstance(output, tuple) else output)
+            outputs.append(_states(output))
             raise _Stop
 
         last = self.blocks[-1].module.register_forward_hook(after)
@@ -201,12 +204,17 @@ class Walker:
 
     def _unsuitable(self) -> InputError:
         return InputError(
-            f"the decoder blocks of {type(self.model).__name__} exchange data beside the hidden states or are not called "
-            "one after the other, which block-by-block calibration cannot follow"
+            f"the decoder blocks of {type(self.model).__name__} exchange data beside the hidden states, or are not "
+            "called one after the other, which block-by-block calibration cannot follow"
         )
 
     def _forward(self, batch: Tensor) -> None:
-        self.model(input_ids=batch.to(self.model.device), use_cache=False)
+        self.model(input_ids=batch.to(self.model.device, torch.int64), use_cache=False)
+
+
+def _states(output: Any) -> Tensor:
+    """The hidden states in what a block gives: alone, or the first of several."""
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _same_tensor(a: Tensor, b: Tensor) -> bool:
@@ -214,21 +222,10 @@ def _same_tensor(a: Tensor, b: Tensor) -> bool:
 
 
 @contextmanager
-def _hooks(pairs: Sequence[tuple[nn.Module, Callable[..., None]]], with_kwargs: bool = False) -> Iterator[None]:
+def _hooks(pairs: Sequence[tuple[nn.Module, Callable[..., None]]], with_kwargs: bool = False) -> Generator[None]:
     """Forward pre-hooks that live as long as the context."""
     with ExitStack() as stack:
         for module, hook in pairs:
             handle: RemovableHandle = module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
             stack.callback(handle.remove)
         yield
-
-
-@contextmanager
-def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode

@@ -1,7 +1,7 @@
 """Prune in place: for each block, for each group of layers with the same input: Gram matrix, mask, refit."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,8 +14,9 @@ from trimfit.errors import InputError
 from trimfit.masks import SELECTORS, Selection, check_width
 from trimfit.models import Block, Group, Layer, Walker, find_blocks, select_layers
 from trimfit.pipelines.config import PruneConfig
+from trimfit.pipelines.layer_error import LayerErrorMeter
 from trimfit.pipelines.observer import Observer, Silent
-from trimfit.pipelines.records import LayerError, LayerRecord, PruneReport, peak_memory, versions
+from trimfit.pipelines.records import LayerRecord, PruneReport, peak_memory, versions
 from trimfit.refit import FactoredGram, RefitSolution, refit
 
 
@@ -55,7 +56,7 @@ def prune(
     for block in walker:
         observer.stage(f"block {block.index + 1} of {len(blocks)}")
         groups = walker.groups(block)
-        together = [groups] if config.capture == "block" else [[group] for group in groups]
+        together = [groups] if groups and config.capture == "block" else [[group] for group in groups]
         for part in together:
             for record in _prune_groups(walker, block, part, config):
                 records.append(record)
@@ -75,48 +76,46 @@ def prune(
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What is known of a group's inputs."""
+    """What is known of a group's inputs: the factorised Gram matrix, and the plain ones to measure errors with."""
 
-    gram: FactoredGram
-    held_out: Tensor | None  # undamped, for measuring only
+    factored: FactoredGram
+    calibration: Tensor
+    held_out: Tensor | None
 
 
-def _prune_groups(
-    walker: Walker, block: Block, groups: Sequence[Group], config: PruneConfig
-) -> Iterator[LayerRecord]:
+def _prune_groups(walker: Walker, block: Block, groups: Sequence[Group], config: PruneConfig) -> Iterator[LayerRecord]:
     """Prunes groups whose inputs are captured together; the Gram matrices live no longer than this generator."""
     grams = {name: walker.grams(block, groups, name) for name in walker.windows}
     for group in groups:
         gram, *held_out = (grams[name].pop(0) for name in walker.windows)
         with _naming(group.layers[0]):
-            inputs = _Inputs(FactoredGram(gram, config.damping), held_out[0] if held_out else None)
+            inputs = _Inputs(FactoredGram(gram, config.damping), gram, held_out[0] if held_out else None)
         for layer in group.layers:
             yield _prune_layer(layer, block.index, inputs, config, walker.model.device)
 
 
 def _prune_layer(layer: Layer, block: int, inputs: _Inputs, config: PruneConfig, device: torch.device) -> LayerRecord:
     start = time.perf_counter()
-    dense = layer.weight.float()
+    dense = layer.weight.float().clone()
     with _naming(layer):
-        selection = SELECTORS[config.selector].select(dense, inputs.gram, config.mask_pattern)
-        weight, solution = _weights(dense, selection, inputs.gram, config)
-    masked = _errors(dense, dense * selection.mask, inputs)
-    final = _errors(dense, weight, inputs)
+        selection = SELECTORS[config.selector].select(dense, inputs.factored, config.mask_pattern)
+        weight, solution = _weights(dense, selection, inputs.factored, config)
     layer.write(weight)
+    errors = LayerErrorMeter(dense, inputs.calibration, inputs.held_out)
     return LayerRecord(
         name=layer.name,
         block=block,
         shape=(dense.shape[0], dense.shape[1]),
-        sparsity=1 - selection.mask.double().mean().item(),
-        masked=masked,
-        final=final,
-        stored=_errors(dense, layer.weight.float(), inputs),
+        sparsity=1 - int(selection.mask.sum()) / selection.mask.numel(),
+        masked=errors.measure(_masked(dense, selection)),
+        final=errors.measure(weight),
+        stored=errors.measure(layer.weight),
         certificate=solution.certificate.layer if solution else None,
         worst_row=solution.certificate.relative.max().item() if solution else None,
         status=solution.status.value if solution else None,
         solver=type(solution.solver).__name__ if solution else None,
         steps=solution.steps if solution else None,
-        damping=inputs.gram.damping,
+        damping=solution.damping if solution else inputs.factored.damping,
         seconds=time.perf_counter() - start,
         peak_memory=peak_memory(device),
     )
@@ -127,7 +126,7 @@ def _weights(
 ) -> tuple[Tensor, RefitSolution | None]:
     """The layer's new weights; with the solution where they were refitted."""
     if config.refit == "none":
-        return dense * selection.mask, None
+        return _masked(dense, selection), None
     if config.refit == "own":
         assert selection.weight is not None  # the config refuses selectors without an update
         return selection.weight, None
@@ -135,23 +134,12 @@ def _weights(
     return solution.weight, solution
 
 
-def _errors(dense: Tensor, weight: Tensor, inputs: _Inputs) -> LayerError:
-    difference = weight.double() - dense.double()
-
-    def relative(gram: Tensor) -> float:
-        gram = gram.double()
-        error = ((difference @ gram) * difference).sum().item()
-        energy = ((dense.double() @ gram) * dense.double()).sum().item()
-        return error / energy if energy > 0 else 0.0
-
-    return LayerError(
-        calibration=relative(inputs.gram.raw),
-        held_out=None if inputs.held_out is None else relative(inputs.held_out),
-    )
+def _masked(dense: Tensor, selection: Selection) -> Tensor:
+    return torch.where(selection.mask, dense, 0.0)
 
 
 @contextmanager
-def _naming(layer: Layer) -> Iterator[None]:
+def _naming(layer: Layer) -> Generator[None]:
     """Puts the layer's name in front of errors of the tensor rooms, which know no models."""
     try:
         yield
@@ -165,7 +153,7 @@ def _check(model: PreTrainedModel, tokens: Tensor, blocks: list[Block], config: 
         raise InputError(f"tokens must be (windows, length) and not empty, but their shape is {tuple(tokens.shape)}")
     if tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise InputError(f"token ids must be integers, but they are {tokens.dtype}")
-    check_ids(tokens, model.get_input_embeddings().num_embeddings)
+    check_ids(tokens, model.get_input_embeddings().get_parameter("weight").shape[0])
     longest = context_length(model.config)
     if longest is not None and tokens.shape[1] > longest:
         raise InputError(f"the windows have {tokens.shape[1]} tokens, but the model's context is {longest}; cut them")

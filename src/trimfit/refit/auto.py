@@ -10,11 +10,12 @@ from trimfit.refit.conjugate_gradients import ConjugateGradients
 from trimfit.refit.gram import FactoredGram
 from trimfit.refit.solver import Solver, check_settings
 
-# In flops of a large GEMM: one flop of a small factorisation; one entry gathered, copied and masked for it. Measured
-# on a CPU with benchmarks/refit.py; the flop on other devices is an estimate.
+# In flops of a large GEMM: one flop of a small factorisation; one entry gathered, copied and masked for it; what is
+# done once for each row. Measured on a CPU with benchmarks/refit.py; the flop on other devices is an estimate.
 _CHOLESKY_FLOP = {"cpu": 4.0}
 _CHOLESKY_FLOP_ELSEWHERE = 10.0
-_CHOLESKY_ENTRY = 1000.0
+_CHOLESKY_ENTRY = 1e3
+_CHOLESKY_ROW = 1e6
 # Steps of conjugate gradients to a relative gap of 1e-4: this times ∛‖H⁻¹‖_F, within a factor of two on matrices
 # with ‖H⁻¹‖_F from 30 to 10⁶ at unit diagonal.
 _CG_STEPS = 4.0
@@ -37,9 +38,9 @@ class Auto:
 
     def choose(self, gram: FactoredGram, mask: Tensor) -> Solver:
         """The cheaper solver for masks (m, n), by what each is expected to cost."""
-        kept = mask.sum(1).double()
-        flop = _CHOLESKY_FLOP.get(mask.device.type, _CHOLESKY_FLOP_ELSEWHERE)
-        cholesky = (flop * kept**3 / 3 + _CHOLESKY_ENTRY * kept**2).sum().item()
+        kept = mask.sum(1).to(gram.raw.device).double()
+        flop = _CHOLESKY_FLOP.get(gram.raw.device.type, _CHOLESKY_FLOP_ELSEWHERE)
+        cholesky = (flop * kept**3 / 3 + _CHOLESKY_ENTRY * kept**2 + _CHOLESKY_ROW).sum().item()
         step = 2 * 2 * mask.shape[0] * mask.shape[1] ** 2
         if cholesky <= _CG_STEPS * gram.inverse_norm ** (1 / 3) * step:
             return Cholesky(self.tolerance, self.dtype)

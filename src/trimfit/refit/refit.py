@@ -151,7 +151,8 @@ def _correct(problem: Problem, residual: Tensor, gain: Tensor, solver: Solver, m
     """The solver's correction (m, n) of the weights, and the steps it took."""
     unit = residual.abs().amax(1, keepdim=True)
     unit = torch.where(unit > 0, unit, 1.0)  # so that no row overflows or vanishes in the solver's dtype
-    correction, taken = solver.correct(
-        problem.gram, residual / unit, problem.mask, gain / unit[:, 0] / unit[:, 0], max_steps
-    )
+    with torch.autocast(residual.device.type, enabled=False):  # never half precision inside the solve
+        correction, taken = solver.correct(
+            problem.gram, residual / unit, problem.mask, gain / unit[:, 0] / unit[:, 0], max_steps
+        )
     return correction * unit * problem.gram.scale, taken

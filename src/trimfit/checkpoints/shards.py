@@ -1,0 +1,60 @@
+"""How the weights of a checkpoint are split in files."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trimfit.errors import InputError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def shard_map(directory: Path) -> dict[str, str]:
+    """Which file holds which weight, by its name; {} for weights that are not split. `InputError` if damaged."""
+    index = directory / INDEX
+    if not index.is_file():
+        return {}
+    try:
+        return {name: Path(file).name for name, file in json.loads(index.read_text())["weight_map"].items()}
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise InputError(f"{index} is damaged: download the model again") from None
+
+
+def shard_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, [] when it has none."""
+    shards = shard_map(directory)
+    if shards:
+        return [directory / name for name in sorted(set(shards.values()))]
+    single = directory / SINGLE
+    return [single] if single.is_file() else []
+
+
+def merge(parts: Path, directory: Path, shards: Mapping[str, str]) -> None:
+    """Moves a checkpoint from `parts`, where each weight has a file of its own, to `directory`, split as in `shards`.
+
+    Weights that `shards` does not know go to its last file. One shard is in memory at a time, and on disk twice.
+    """
+    index: dict[str, Any] = json.loads((parts / INDEX).read_text())
+    files: dict[str, str] = index["weight_map"]
+    index["weight_map"] = {name: shards.get(name, max(shards.values())) for name in files}
+    for shard in sorted(set(index["weight_map"].values())):
+        names = [name for name in files if index["weight_map"][name] == shard]
+        save_file({name: _read(parts / files[name], name) for name in names}, directory / shard, {"format": "pt"})
+        for name in names:
+            (parts / files[name]).unlink()
+    (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (parts / INDEX).unlink()
+    for other in parts.iterdir():
+        other.rename(directory / other.name)
+    parts.rmdir()
+
+
+def _read(file: Path, name: str) -> Tensor:
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.get_tensor(name)

@@ -1,0 +1,53 @@
+"""The help texts."""
+
+from collections.abc import Callable
+
+import pytest
+from cli_helpers import Outcome
+
+Here = Callable[..., Outcome]
+HELP = {
+    "demo": ("--output", "--device", "--json", "embedded model"),
+    "prune": (
+        "--output",
+        "--sparsity",
+        "--pattern",
+        "--selector",
+        "--scope",
+        "--refit",
+        "--solver",
+        "--tolerance",
+        "--damping",
+        "--capture",
+        "--ignore",
+        "--held-out",
+        "--calibration",
+        "--field",
+        "--split",
+        "--samples",
+        "--sequence-length",
+        "--seed",
+        "--batch-size",
+        "--device",
+        "--overwrite",
+        "--json",
+    ),
+    "eval": ("--text", "--field", "--split", "--window", "--limit", "--device", "--json"),
+}
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_every_option_is_explained(command: str, here: Here) -> None:
+    outcome = here(command, "--help")
+    assert (outcome.status, outcome.stderr) == (0, "")
+    assert f"trimfit {command}" in outcome.stdout
+    for words in HELP[command]:
+        assert words in outcome.stdout
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",)], ids=["bare", "help"])
+def test_commands_are_listed(arguments: tuple[str, ...], here: Here) -> None:
+    outcome = here(*arguments)
+    assert (outcome.status, outcome.stderr) == (0, "")
+    for words in (*HELP, "--debug"):
+        assert words in outcome.stdout

@@ -1,0 +1,71 @@
+"""Every family at 50 %: every linear layer of every block is pruned, and nothing else changes."""
+
+import pytest
+import torch
+from families import EVERYTHING, FAMILIES, Family, for_each, matrix, windows
+
+from trimfit import PruneConfig, prune
+
+
+@for_each(EVERYTHING)
+def test_half_of_every_layer_and_nothing_else(family: Family):
+    model, dense = family.build(), family.build()
+    report = prune(model, windows(8), PruneConfig(sparsity=0.5))
+
+    blocks = model.config.num_hidden_layers
+    names = [f"{family.stack}.{i}.{name}" for i in range(blocks) for group in family.groups for name in group]
+    weights = {f"{name}.weight" for name in names}
+    before, after = dense.state_dict(), model.state_dict()
+    assert weights < before.keys()
+    for name, tensor in before.items():
+        if name in weights:
+            assert int((after[name] == 0).sum()) == tensor.numel() // 2, name
+        else:
+            assert torch.equal(after[name], tensor), name
+
+    with torch.no_grad():
+        old, new = dense(input_ids=windows(2)).logits, model(input_ids=windows(2)).logits
+    assert torch.isfinite(new).all()
+    assert not torch.allclose(old, new, atol=1e-2)
+
+    assert [record.name for record in report.layers] == names
+    assert (report.windows, report.held_out_windows, report.window_length) == (7, 1, 24)
+    assert report.sparsity == 0.5
+    assert report.certificate == max(record.certificate or 0 for record in report.layers)
+    for record in report.layers:
+        assert record.block == int(record.name.removeprefix(f"{family.stack}.").partition(".")[0])
+        assert record.shape == tuple(matrix(model.get_submodule(record.name)).shape)
+        assert record.sparsity == 0.5
+        assert 0 < record.final.calibration < record.masked.calibration < 1
+        assert record.final.held_out is not None and record.final.held_out > 0
+        assert record.stored.calibration == pytest.approx(record.final.calibration)
+        assert record.certificate is not None and 0 <= record.certificate <= 1e-4
+        assert record.worst_row is not None and record.certificate <= record.worst_row <= 1e-4
+        assert (record.status, record.damping) == ("optimal", 0.01)
+        assert record.solver in ("Cholesky", "ConjugateGradients")
+        assert record.steps is not None and record.steps >= 1
+        assert record.seconds > 0
+        assert record.peak_memory > 2**20
+
+
+@for_each(FAMILIES)
+def test_two_of_four_along_the_inputs(family: Family):
+    model = family.build()
+    report = prune(model, windows(4), PruneConfig(pattern="2:4", selector="wanda"))
+    for record in report.layers:
+        weight = matrix(model.get_submodule(record.name))
+        assert ((weight.reshape(len(weight), -1, 4) != 0).sum(2) == 2).all()
+
+
+@for_each(FAMILIES)
+def test_bfloat16(family: Family):
+    model = family.build().bfloat16()
+    report = prune(model, windows(4), PruneConfig(sparsity=0.5, selector="wanda"))
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.bfloat16, name
+    for record in report.layers:
+        weight = matrix(model.get_submodule(record.name))
+        assert int((weight == 0).sum()) == weight.numel() // 2
+        # Rounding to bfloat16 errs by less than 2⁻⁸ of each weight, which the error of pruning outweighs.
+        assert record.stored.calibration != record.final.calibration
+        assert record.stored.calibration == pytest.approx(record.final.calibration, rel=0.05, abs=1e-4)

@@ -1,34 +1,43 @@
 """trimfit: trim a language model, fit what is left to the optimum, in minutes, with a certificate.
 
-The tensor rooms are imported here; what touches models (and therefore transformers) is imported when first used.
+Everything is imported when it is first used, so that `import trimfit` and `trimfit --help` are quick.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from trimfit.errors import InputError, RunError, TrimfitError
-from trimfit.refit import (
-    Auto,
-    Certificate,
-    Cholesky,
-    ConjugateGradients,
-    FactoredGram,
-    RefitSolution,
-    Status,
-    refit,
-)
 
 if TYPE_CHECKING:
     from trimfit.calibration import CalibrationConfig
     from trimfit.checkpoints import load_checkpoint
     from trimfit.evaluate import Score, perplexity, score_text
     from trimfit.pipelines import PruneConfig, PruneReport, prune, prune_checkpoint
+    from trimfit.refit import (
+        Auto,
+        Certificate,
+        Cholesky,
+        ConjugateGradients,
+        FactoredGram,
+        RefitSolution,
+        Status,
+        refit,
+    )
 
-_LAZY = {
+_HOME = {
+    "Auto": "trimfit.refit",
     "CalibrationConfig": "trimfit.calibration",
+    "Certificate": "trimfit.refit",
+    "Cholesky": "trimfit.refit",
+    "ConjugateGradients": "trimfit.refit",
+    "FactoredGram": "trimfit.refit",
     "PruneConfig": "trimfit.pipelines",
     "PruneReport": "trimfit.pipelines",
+    "RefitSolution": "trimfit.refit",
     "Score": "trimfit.evaluate",
+    "Status": "trimfit.refit",
     "load_checkpoint": "trimfit.checkpoints",
     "perplexity": "trimfit.evaluate",
     "prune": "trimfit.pipelines",
@@ -61,10 +70,25 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'trimfit' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return __all__
+
+
+class _Package(ModuleType):
+    """Makes `trimfit.refit` the function, although importing the subpackage of that name sets it to the module."""
+
+    @property
+    def refit(self) -> Any:
+        return import_module("trimfit.refit").refit
+
+    @refit.setter
+    def refit(self, module: ModuleType) -> None:
+        """The import system's assignment is not wanted."""
+
+
+sys.modules[__name__].__class__ = _Package

@@ -30,7 +30,7 @@ class CalibrationConfig(BaseModel):
     - `field`: name of the text in each line of .jsonl, or column of the data set.
     - `split`: of a data set on the hub.
     - `samples`: windows to draw.
-    - `sequence_length`: tokens in each, capped by the model's context.
+    - `sequence_length`: tokens in each, capped by the model's context; None is the context, but at most 2048.
     - `seed`: of the draw.
     """
 
@@ -39,9 +39,9 @@ class CalibrationConfig(BaseModel):
     source: str = DEMO
     field: str = "text"
     split: str = "train"
-    samples: int = Field(default=128, ge=1)
-    sequence_length: int = Field(default=2048, ge=2)
-    seed: int = 0
+    samples: int = Field(default=128, ge=1, lt=2**31)
+    sequence_length: int | None = Field(default=None, ge=2)
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
     def windows(self, tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedConfig") -> Tensor:
         """(samples, length) int64 token ids. Raises `InputError` for a source that cannot be used."""

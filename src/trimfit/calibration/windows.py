@@ -24,6 +24,7 @@ _CONTEXT_NAMES = (
     "seq_length",
     "n_ctx",
 )
+_USUAL_LENGTH = 2048
 _TEXT_CONFIG_NAMES = ("text_config", "language_config", "llm_config")
 
 
@@ -133,13 +134,15 @@ def context_length(config: "PreTrainedConfig") -> int | None:
     return None
 
 
-def window_length(requested: int, config: "PreTrainedConfig") -> int:
+def window_length(requested: int | None, config: "PreTrainedConfig") -> int:
     """`requested` tokens, or the model's context if that is shorter, which is logged.
 
-    Raises `InputError` for fewer than two.
+    None asks for the context, but not for more than 2048 tokens. Raises `InputError` for fewer than two.
     """
-    _check_length(requested)
     longest = context_length(config)
+    if requested is None:
+        return min(longest or _USUAL_LENGTH, _USUAL_LENGTH)
+    _check_length(requested)
     if longest is None or requested <= longest:
         return requested
     log.warning("windows of %d tokens were asked for, but the model's context is %d: using that", requested, longest)

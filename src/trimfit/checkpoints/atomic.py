@@ -10,13 +10,21 @@ from pathlib import Path
 
 from trimfit.errors import InputError, RunError
 
+_LONGEST_NAME = 200  # bytes; file systems take 255, and the name beside it is longer
+
 
 def check_output(out: Path, overwrite: bool) -> None:
-    """Raises `InputError` when `out` cannot be written: it exists, or its parent is no directory."""
+    """Raises `InputError` when `out` cannot be written: it exists, is no checkpoint, or its parent is no directory."""
+    if out.is_symlink():
+        raise InputError(f"{out} is a symbolic link; give the directory that it points to, or another output")
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists already; choose another output or give --overwrite")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file, not a directory; choose another output")
+    if out.exists() and any(out.iterdir()) and not (out / "config.json").is_file():
+        raise InputError(f"{out} is a directory with other things than a model; choose another output")
+    if len(out.name.encode()) > _LONGEST_NAME:
+        raise InputError(f"the name of the output is longer than {_LONGEST_NAME} bytes; choose a shorter one")
     parent = out.absolute().parent
     if not parent.is_dir():
         raise InputError(f"{parent} is not a directory, so {out.name} cannot be written there; create it first")
@@ -60,6 +68,8 @@ def is_disk_full(error: BaseException) -> bool:
 
 def _replace(beside: Path, out: Path) -> None:
     """A directory cannot be renamed onto a full one, so an old `out` steps aside first."""
+    for path in beside.iterdir():
+        path.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
     for path in (*beside.iterdir(), beside):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)

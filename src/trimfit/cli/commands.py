@@ -55,7 +55,9 @@ def prune(
     field: Annotated[str, typer.Option(help="Field with the text in .jsonl or a data set.")] = "text",
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a window; capped by the model's context.")] = 2048,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens in a window. [default: the model's context, at most 2048]")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Windows in one forward pass.")] = 8,
     device: _Device = "auto",
@@ -98,7 +100,7 @@ def prune(
             overwrite=overwrite,
             observer=observer,
         )
-    show.prune(report, output, as_json=json)
+    show.prune(report, calibration, output, as_json=json)
 
 
 def evaluate(
@@ -106,7 +108,9 @@ def evaluate(
     text: Annotated[str, typer.Option(help="Text file, .jsonl, hub data set, or 'demo'.")],
     field: Annotated[str, typer.Option(help="Field with the text in .jsonl or a data set.")] = "text",
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
-    window: Annotated[int, typer.Option(help="Tokens in a window; capped by the model's context.")] = 2048,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens in a window. [default: the model's context, at most 2048]")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Score only the first so many windows.")] = None,
     device: _Device = "auto",
     json: _Json = False,

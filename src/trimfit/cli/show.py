@@ -69,7 +69,7 @@ class _Bar:
             self._bar.reset(self._task)
 
 
-def prune(report: PruneReport, out: Path, *, as_json: bool) -> None:
+def prune(report: PruneReport, calibration: str, out: Path, *, as_json: bool) -> None:
     """Summary of a prune run."""
     if as_json:
         _print_json({"output": str(out), **report.model_dump()})
@@ -78,14 +78,14 @@ def prune(report: PruneReport, out: Path, *, as_json: bool) -> None:
     for label, which in (("calibration", "calibration"), ("held-out", "held_out")):
         values = [getattr(report.mean_error(stage), which) for stage in ("masked", "final", "stored")]
         table.add_row(f"mean layer error, {label}", *(_number(v, ".4f") for v in values))
-    console = Console()
+    console = Console(markup=False)
     console.print(table, "")
     config = report.config
     tokens = report.windows * report.window_length
     console.print(
         f"{len(report.layers)} layers pruned to {report.sparsity:.2%} zeros with {config.selector} "
         f"({config.pattern or f'sparsity {config.mask_pattern.sparsity:g}'}), refit {config.refit}; "
-        f"{tokens:,} calibration tokens, {report.held_out_windows} windows held out"
+        f"{tokens:,} calibration tokens ({calibration}), {report.held_out_windows} windows held out"
     )
     if report.certificate is not None:
         unfinished = sum(record.status != "optimal" for record in report.layers)

@@ -1,6 +1,6 @@
 """Which weights to keep. Tensors only: a new selector is one new file and one line in the table."""
 
-from trimfit.masks import magnitude, sparsegpt, thanos, wanda
+from trimfit.masks import joint, magnitude, sparsegpt, thanos, wanda
 from trimfit.masks.patterns import NM as NM
 from trimfit.masks.patterns import Pattern as Pattern
 from trimfit.masks.patterns import Scope as Scope
@@ -16,4 +16,5 @@ SELECTORS: dict[str, Selector] = {
     "wanda": Selector(wanda.select, wanda.DEFAULT_SCOPE, updates_weights=False),
     "sparsegpt": Selector(sparsegpt.select, sparsegpt.DEFAULT_SCOPE, updates_weights=True),
     "thanos": Selector(thanos.select, thanos.DEFAULT_SCOPE, updates_weights=True),
+    "joint": Selector(joint.select, joint.DEFAULT_SCOPE, updates_weights=True),
 }

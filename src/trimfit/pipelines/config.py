@@ -1,6 +1,6 @@
 """What a run is asked to do: frozen, validated, serialisable."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -37,12 +37,12 @@ class PruneConfig(BaseModel):
     scope: Literal["row", "layer"] | None = None
     refit: Literal["optimal", "own", "none"] = "optimal"
     solver: SolverName = "auto"
-    tolerance: float = Field(default=1e-4, gt=0)
-    damping: float = Field(default=0.01, ge=0)
+    tolerance: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
+    damping: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     capture: Literal["group", "block"] = "group"
     ignore: tuple[str, ...] = ()
     held_out: float = Field(default=0.125, ge=0, lt=1)
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=8, ge=1, le=2**20)
 
     @field_validator("selector")
     @classmethod
@@ -50,6 +50,13 @@ class PruneConfig(BaseModel):
         if name not in SELECTORS:
             raise ValueError(f"unknown selector {name!r}: choose one of {', '.join(SELECTORS)}")
         return name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_sparsity(cls, data: dict[str, Any]) -> dict[str, Any]:
+        if data.get("sparsity") is None and data.get("pattern") is None:
+            return {**data, "sparsity": 0.5}
+        return data
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -70,8 +77,8 @@ class PruneConfig(BaseModel):
         """The pattern that masks must follow."""
         if self.pattern is not None:
             return parse_pattern(self.pattern)
-        sparsity = 0.5 if self.sparsity is None else self.sparsity
-        return Unstructured(sparsity, self.scope or SELECTORS[self.selector].default_scope)
+        assert self.sparsity is not None  # one of the two is always there
+        return Unstructured(self.sparsity, self.scope or SELECTORS[self.selector].default_scope)
 
     def make_solver(self) -> Solver | Auto:
         """The solver with the tolerance asked for."""

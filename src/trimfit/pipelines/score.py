@@ -15,14 +15,15 @@ def score_checkpoint(
     *,
     field: str = "text",
     split: str = "test",
-    window: int = 2048,
+    window: int | None = None,
     limit: int | None = None,
     device: torch.device | None = None,
     observer: Observer | None = None,
 ) -> Score:
     """Perplexity and bits per byte of a model directory or hub name on `text`, a source as for calibration.
 
-    "demo" is the standard-library modules kept aside for evaluation. `window` is capped by the model's context.
+    "demo" is the standard-library modules kept aside for evaluation. `window` is capped by the model's context,
+    which it is when None, but at most 2048.
     """
     observer = observer or Silent()
     documents = read_modules(EVALUATION) if text == "demo" else read_documents(text, field=field, split=split)

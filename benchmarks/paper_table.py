@@ -45,6 +45,8 @@ VARIANTS = (
     ("thanos", "none"),
     ("thanos", "own"),
     ("thanos", "optimal"),
+    ("joint", "none"),
+    ("joint", "optimal"),
 )
 UPDATE = {"none": "none", "own": "own", "optimal": "optimal refit"}
 
@@ -71,6 +73,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--selectors", nargs="*", default=list(dict.fromkeys(name for name, _ in VARIANTS)))
     parser.add_argument("--patterns", nargs="*", help="such as 50% 2:4; all five when left out")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -86,7 +89,8 @@ def main() -> None:
 
     cells: list[dict[str, object]] = []
     chosen = arguments.patterns or list(PATTERNS)
-    for seed, label, (selector, update) in itertools.product(range(arguments.seeds), chosen, VARIANTS):
+    variants = [variant for variant in VARIANTS if variant[0] in arguments.selectors]
+    for seed, label, (selector, update) in itertools.product(range(arguments.seeds), chosen, variants):
         pattern = PATTERNS[label]
         calibration = CalibrationConfig(
             source=arguments.calibration, samples=arguments.samples, sequence_length=length, seed=seed
@@ -142,6 +146,8 @@ def table(cells: list[dict[str, object]], quantity: str, form: str) -> str:
     patterns = list(dict.fromkeys(str(cell["pattern"]) for cell in cells))
     lines = ["| mask | update | " + " | ".join(patterns) + " |", "|---|---|" + "---|" * len(patterns)]
     for selector, update in VARIANTS:
+        if not any((cell["selector"], cell["update"]) == (selector, update) for cell in cells):
+            continue
         row = []
         for pattern in patterns:
             values = [

@@ -8,7 +8,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.pytorch_utils import Conv1D
 
 VOCABULARY = 64
@@ -71,6 +78,21 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
                 parameter.copy_(noise * 0.2)
             else:
                 parameter.add_(noise * 0.3)
+
+
+def vision_language_model() -> PreTrainedModel:
+    """Gemma 3 with its vision tower, whose blocks are as many as those of the text part."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = Gemma3Config(
+        text_config=FAMILIES["gemma3_text"].options | {"vocab_size": VOCABULARY, "pad_token_id": 0},
+        vision_config=vision | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=2,
+    )
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(config)
+    randomise(model)
+    return model.eval()
 
 
 def windows(count: int = 6, length: int = LENGTH, seed: int = 1) -> Tensor:

@@ -22,9 +22,10 @@ def write_model(directory: Path, text: str) -> None:
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """An output that exists."""
+    """A checkpoint where the output shall be."""
     out = tmp_path / "out"
     out.mkdir()
+    (out / "config.json").write_text("{}")
     write_model(out, "old")
     return out
 
@@ -112,6 +113,29 @@ def test_the_old_one_survives_an_error_while_renaming(
     with pytest.raises(type(error)), atomic_directory(old, overwrite=True) as beside:
         write_model(beside, "new")
     assert is_untouched(old)
+
+
+def test_only_a_checkpoint_is_replaced(tmp_path: Path):
+    """Or an empty directory: --overwrite with a slip of the hand must not cost a home directory."""
+    home = tmp_path / "home"
+    home.mkdir()
+    check_output(home, overwrite=True)
+    (home / "thesis").write_text("")
+    with pytest.raises(InputError, match="home is a directory with other things than a model; choose another output"):
+        check_output(home, overwrite=True)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_symbolic_link_is_refused(tmp_path: Path, exists: bool):
+    (tmp_path / "link").symlink_to(tmp_path if exists else tmp_path / "nowhere")
+    with pytest.raises(InputError, match="link is a symbolic link; give the directory that it points to"):
+        check_output(tmp_path / "link", overwrite=True)
+
+
+def test_a_name_that_is_too_long(tmp_path: Path):
+    check_output(tmp_path / ("x" * 200), overwrite=False)
+    with pytest.raises(InputError, match="the name of the output is longer than 200 bytes"):
+        check_output(tmp_path / ("x" * 201), overwrite=False)
 
 
 def test_outputs_that_cannot_be(tmp_path: Path):

@@ -172,13 +172,14 @@ def test_an_existing_output_is_refused_and_overwritten_when_asked(write: Any, tm
     checkpoint = load_checkpoint(str(write()))
     out = tmp_path / "out"
     out.mkdir()
+    (out / "config.json").write_text("{}")
     (out / "mine").write_text("")
     with pytest.raises(InputError, match="exists already"):
         save(checkpoint, out)
-    assert [path.name for path in out.iterdir()] == ["mine"]
+    assert {path.name for path in out.iterdir()} == {"config.json", "mine"}
     save(checkpoint, out, overwrite=True)
     assert not (out / "mine").exists()
-    assert (out / "config.json").exists()
+    assert (out / "model.safetensors").exists()
 
 
 def test_the_source_itself_can_be_overwritten(write: Any):

@@ -4,15 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import EVERYTHING, FAMILIES, Family, for_each, matrix
+from families import EVERYTHING, FAMILIES, Family, for_each, matrix, vision_language_model
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
     LlamaModel,
     PreTrainedModel,
     T5Config,
@@ -76,13 +74,7 @@ def test_writing_rounds_to_the_dtype_of_the_model():
 
 def test_the_text_part_of_a_vision_language_model_is_found():
     """Deeper inside wrappers, beside a vision tower whose blocks are as many and have linear layers too."""
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
-    config = Gemma3Config(
-        text_config=FAMILIES["gemma3_text"].options | {"vocab_size": 64, "pad_token_id": 0},
-        vision_config=vision | {"image_size": 28, "patch_size": 14},
-        mm_tokens_per_image=4,
-    )
-    blocks = find_blocks(Gemma3ForConditionalGeneration(config))
+    blocks = find_blocks(vision_language_model())
     assert [block.name for block in blocks] == [f"model.language_model.layers.{i}" for i in range(4)]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import EVERYTHING, FAMILIES, Family, for_each, matrix, windows
+from families import EVERYTHING, FAMILIES, Family, for_each, matrix, vision_language_model, windows
 
 from trimfit import PruneConfig, prune
 
@@ -69,3 +69,12 @@ def test_bfloat16(family: Family):
         # Rounding to bfloat16 errs by less than 2⁻⁸ of each weight, which the error of pruning outweighs.
         assert record.stored.calibration != record.final.calibration
         assert record.stored.calibration == pytest.approx(record.final.calibration, rel=0.05, abs=1e-4)
+
+
+def test_the_text_part_of_a_vision_language_model():
+    model, dense = vision_language_model(), vision_language_model()
+    report = prune(model, windows(4), PruneConfig())
+    assert len(report.layers) == 4 * 7
+    changed = {name for name, p in dense.named_parameters() if not torch.equal(p, model.get_parameter(name))}
+    assert changed == {f"{record.name}.weight" for record in report.layers}
+    assert all(name.startswith("model.language_model.layers.") for name in changed)

@@ -60,10 +60,7 @@ def test_more_windows_hold_more_hidden_states_and_nothing_else(capture: str):
     assert {b - a for a, b in zip(few, many, strict=True)} == {8 * LENGTH * 32 * 4}
 
 
-_CYCLE = pytest.mark.xfail(reason="FactoredGram.certifiable caches the object in itself, a cycle", strict=True)
-
-
-@pytest.mark.parametrize("refit", ["none", "own", pytest.param("optimal", marks=_CYCLE)])
+@pytest.mark.parametrize("refit", ["none", "own", "optimal"])
 def test_one_group_at_a_time(monkeypatch: pytest.MonkeyPatch, refit: str):
     """No Gram matrix outlives its group: none is left when the next are summed."""
     plain = Walker.grams

@@ -369,7 +369,7 @@ _BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "everything": ({"pattern": "4:4"}, "the pattern 4:4 keeps every weight"),
     "scope": ({"pattern": "2:4", "scope": "row"}, "scope belongs to an unstructured sparsity"),
     "other scope": ({"scope": "column"}, "'row' or 'layer'"),
-    "selector": ({"selector": "best"}, "unknown selector 'best': choose one of magnitude, wanda, sparsegpt, thanos"),
+    "selector": ({"selector": "best"}, "unknown selector 'best': choose one of " + ", ".join(SELECTORS)),
     "own": ({"selector": "wanda", "refit": "own"}, "the selector wanda has no weight update of its own"),
     "refit": ({"refit": "some"}, "'optimal', 'own' or 'none'"),
     "solver": ({"solver": "qp"}, "'auto', 'cholesky', 'cg' or 'cg-diagonal'"),

@@ -36,7 +36,7 @@ def prune(
         float | None, typer.Option(help="Share of weights to remove, 0 ≤ s < 1. [default: 0.5]")
     ] = None,
     pattern: Annotated[str | None, typer.Option(help="N:M instead of a sparsity: N kept of each M inputs.")] = None,
-    selector: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt or thanos.")] = "sparsegpt",
+    selector: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, thanos or joint.")] = "sparsegpt",
     scope: Annotated[
         str | None, typer.Option(help="Count per row or over the layer. [default: the selector's]")
     ] = None,

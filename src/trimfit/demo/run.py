@@ -23,9 +23,9 @@ PATTERNS: tuple[tuple[str, dict[str, float | str]], ...] = (
     ("50 %", {"sparsity": 0.5}),
     ("2:4", {"pattern": "2:4"}),
 )
-WINDOW = 512
-SAMPLES = 20
-SCORED_CHARACTERS = 6000  # from the middle of each evaluation module
+WINDOW = 256
+SAMPLES = 28
+SCORED_CHARACTERS = 4000  # from the middle of each evaluation module
 PROMPT = 'def read_lines(path):\n    """'
 NEW_TOKENS = 24
 

@@ -21,7 +21,7 @@ MAX_STEPS = 300
 _FIRST_RHO = 0.1
 _STEPS_PER_RHO = 3
 _RHO_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # (share of the support that changed, at least; factor)
-_SETTLED = 1e-3  # ALPS goes on until nothing changes: a quarter more steps, for 0.1 % of the layer error
+_SETTLED = 1e-3  # share of the support; ALPS goes on to 0, measured: a third more time for 0.05 % of the layer error
 _TOLERANCE = 1e-4  # of the fits on a mask: the relative gap that is aimed at
 _CHUNK_ELEMENTS = 2**25  # of the rows fitted together, to bound memory
 
@@ -48,16 +48,15 @@ def select(weight: Tensor, gram: FactoredGram, pattern: Pattern) -> Selection:
     Raises `InputError` for shapes that do not fit and for NaN or infinite weights.
     """
     given = torch.where(gram.dead, 0, usable_weight(weight, gram, pattern))
-    everything = keep_best(torch.zeros_like(given), pattern)
-    if everything.all():
-        return Selection(everything, given)
-    mask, found = everything, given
-    certifiable = gram.certifiable
-    dense = given.to(certifiable.raw.device).to(certifiable.raw.dtype)
+    mask = keep_best(torch.zeros_like(given), pattern)
+    if mask.all():
+        return Selection(mask, given)
+    scale = gram.certifiable.scale
+    dense = given.to(scale.device).to(scale.dtype)
+    updated = dense
     for stage in stages(given, gram, pattern):
-        mask, found = stage.mask, stage.weight
-    # As a change of the dense weights: those that nothing can improve stay as they are, to the last bit.
-    updated = dense + (found - dense / certifiable.scale) * certifiable.scale
+        # As a change of the dense weights: those that nothing can improve stay as they are, to the last bit.
+        mask, updated = stage.mask, dense + (stage.weight - dense / scale) * scale
     return Selection(mask.to(given.device), torch.where(mask, updated, 0).to(given.dtype).to(given.device))
 
 
@@ -116,20 +115,27 @@ def project(scores: Tensor, pattern: Pattern) -> Tensor:
     """`keep_best` without a sort where no scores are tied at the border. `scores` are (m, n), not negative."""
     if isinstance(pattern, NM):
         counts = torch.tensor([pattern.m - pattern.n], device=scores.device)
-        runs = scores.view(-1, pattern.m)
+        runs = scores.reshape(-1, pattern.m)
     else:
         counts = prune_counts(pattern, (scores.shape[0], scores.shape[1])).to(scores.device)
-        runs = scores.view(len(counts), -1)
+        runs = scores.reshape(len(counts), -1)
     lowest, highest = int(counts.min()), int(counts.max())  # they differ by one at most
     if lowest == 0:
         return keep_best(scores, pattern)
-    border = runs.kthvalue(lowest, dim=1).values
+    border = _kth_lowest(runs, lowest)
     if highest > lowest:
-        border = torch.where(counts == highest, runs.kthvalue(highest, dim=1).values, border)
+        border = torch.where(counts == highest, _kth_lowest(runs, highest), border)
     mask = runs > border[:, None]
     if ((~mask).sum(1) == counts).all():
         return mask.view(scores.shape)
     return keep_best(scores, pattern)
+
+
+def _kth_lowest(runs: Tensor, k: int) -> Tensor:
+    """The k-th lowest value of each row of (m, n), k from 1."""
+    if runs.device.type == "cpu":
+        return runs.kthvalue(k, dim=1).values
+    return runs.sort(dim=1).values[:, k - 1]  # there kthvalue goes through each row, here a layer, with one block
 
 
 def fit(dense: Tensor, mask: Tensor, gram: FactoredGram) -> Tensor:

@@ -16,7 +16,7 @@ class PruneConfig(BaseModel):
 
     - `sparsity`: share of the weights to remove, in [0, 1); 0.5 when no pattern is given either.
     - `pattern`: "N:M", N kept of each M consecutive inputs; instead of `sparsity`.
-    - `selector`: what picks the mask: "magnitude", "wanda", "sparsegpt" or "thanos".
+    - `selector`: what picks the mask: "magnitude", "wanda", "sparsegpt", "thanos" or "joint".
     - `scope`: whether an unstructured mask counts per "row" or over the "layer"; None is the selector's own habit.
     - `refit`: "optimal" refits the dense weights to the mask; "own" keeps the selector's updated weights;
       "none" keeps the dense weights where the mask is True.

@@ -96,7 +96,7 @@ def _prune_groups(walker: Walker, block: Block, groups: Sequence[Group], config:
 
 def _prune_layer(layer: Layer, block: int, inputs: _Inputs, config: PruneConfig, device: torch.device) -> LayerRecord:
     start = time.perf_counter()
-    dense = layer.weight.float().clone()
+    dense = layer.weight.float().clone(memory_format=torch.contiguous_format)  # GPT-2 keeps it transposed
     with _naming(layer):
         selection = SELECTORS[config.selector].select(dense, inputs.factored, config.mask_pattern)
         weight, solution = _weights(dense, selection, inputs.factored, config)

@@ -31,15 +31,14 @@ def prune_checkpoint(
 ) -> PruneReport:
     """Loads `source`, prunes it and writes `out`: a plain Hugging Face checkpoint with a `trimfit.json` in it.
 
-    Nothing is written before everything is done and checked. Raises `InputError` for weights that are not finite and
-    for an `out` that would replace `source`; other errors: see `load_checkpoint`, `prune`, `save_checkpoint`.
+    Nothing is written before everything is done and checked. Raises `InputError` for an `out` that would replace
+    `source`; other errors: see `load_checkpoint`, `prune`, `save_checkpoint`.
     """
     observer = observer or Silent()
     check_output(out, overwrite)
     _check_source_stays(source, out)
     observer.stage(f"loading {source}")
     checkpoint = load_checkpoint(source, device)
-    _check_finite(checkpoint.model, source)
     windows = calibration.windows(checkpoint.tokenizer, checkpoint.model.config)
     model_fingerprint = fingerprint(checkpoint.model)
     report = prune(checkpoint.model, windows, config, observer=observer)
@@ -82,11 +81,3 @@ def _check_source_stays(source: str, out: Path) -> None:
     model = Path(source).expanduser().resolve()
     if model.is_dir() and model.is_relative_to(out.resolve()):
         raise InputError(f"writing {out} would destroy the model {source} itself; choose another output")
-
-
-def _check_finite(model: PreTrainedModel, source: str) -> None:
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise InputError(
-                f"{name} of {source} has NaN or infinite entries: the checkpoint is damaged, fetch it again"
-            )

@@ -98,9 +98,15 @@ class FactoredGram:
         unit = torch.finfo(self.matrix.dtype).eps / 2
         return 2 * (self.size + 8) * self.size * unit * self.inverse_norm
 
-    @cached_property
+    @property
     def certifiable(self) -> "FactoredGram":
         """This matrix in float64, on the CPU for a device that has none, and damped enough to prove something."""
+        if self.raw.dtype == torch.float64 and self.slack <= _LARGEST_SLACK:
+            return self  # not kept in itself: a cycle would outlive its last use
+        return self._made_certifiable
+
+    @cached_property
+    def _made_certifiable(self) -> "FactoredGram":
         gram = self if self.raw.dtype == torch.float64 else FactoredGram(self.raw.cpu(), self.damping)
         while not gram.slack <= _LARGEST_SLACK:
             gram = FactoredGram(gram.raw, _raised(gram, "is singular to working precision"))

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from trimfit.calibration import CalibrationConfig
 from trimfit.checkpoints import Checkpoint, check_output, fingerprint, load_checkpoint, save_checkpoint

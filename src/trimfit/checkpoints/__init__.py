@@ -1,5 +1,6 @@
 """Loading and saving Hugging Face checkpoints, all or nothing."""
 
+from trimfit.checkpoints.atomic import SIDECAR as SIDECAR
 from trimfit.checkpoints.atomic import atomic_directory as atomic_directory
 from trimfit.checkpoints.atomic import check_output as check_output
 from trimfit.checkpoints.atomic import is_disk_full as is_disk_full
@@ -7,5 +8,4 @@ from trimfit.checkpoints.load import Checkpoint as Checkpoint
 from trimfit.checkpoints.load import fingerprint as fingerprint
 from trimfit.checkpoints.load import load_checkpoint as load_checkpoint
 from trimfit.checkpoints.load import resolve_device as resolve_device
-from trimfit.checkpoints.save import SIDECAR as SIDECAR
 from trimfit.checkpoints.save import save_checkpoint as save_checkpoint

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from trimfit.errors import InputError, RunError
 
+SIDECAR = "trimfit.json"
 _LONGEST_NAME = 200  # bytes; file systems take 255, and the name beside it is longer
 
 
@@ -21,8 +22,8 @@ def check_output(out: Path, overwrite: bool) -> None:
         raise InputError(f"{out} exists already; choose another output or give --overwrite")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file, not a directory; choose another output")
-    if out.exists() and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise InputError(f"{out} is a directory with other things than a model; choose another output")
+    if out.exists() and any(out.iterdir()) and not (out / SIDECAR).is_file():
+        raise InputError(f"{out} was not written by trimfit, so it is not replaced; choose another output or remove it")
     if len(out.name.encode()) > _LONGEST_NAME:
         raise InputError(f"the name of the output is longer than {_LONGEST_NAME} bytes; choose a shorter one")
     parent = out.absolute().parent

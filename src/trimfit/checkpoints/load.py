@@ -17,6 +17,7 @@ from trimfit.errors import InputError
 
 log = logging.getLogger(__name__)
 
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TOKENIZER = ("tokenizer*", "vocab*", "*.model")
 
 
@@ -44,7 +45,7 @@ def load_checkpoint(source: str, device: torch.device | None = None) -> Checkpoi
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise InputError(f"there is no model directory {source}")
     config = _load_config(source)
-    _check_causal(source, config)
+    _check_architecture(source, config)
     tokenizer = _load_tokenizer(source)
     model = _load_model(source, device or torch.device("cpu"))
     rows = model.get_input_embeddings().get_parameter("weight").shape[0]
@@ -101,10 +102,11 @@ def _load_config(source: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(source)
     except Exception as error:  # every way a config can be wrong, or the hub out of reach
-        raise InputError(f"the config of {source} cannot be read: {_first_line(error)}") from error
+        where = "" if Path(source).is_dir() else "there is no such directory, and as a model of the hub "
+        raise InputError(f"{where}the config of {source} cannot be read: {_first_line(error)}") from error
 
 
-def _check_causal(source: str, config: PreTrainedConfig) -> None:
+def _check_architecture(source: str, config: PreTrainedConfig) -> None:
     architectures = config.architectures or []
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
@@ -115,10 +117,22 @@ def _check_causal(source: str, config: PreTrainedConfig) -> None:
         raise InputError(f"{source} is quantized already; start from the full-precision model")
 
 
+def _stored_dtype(source: str) -> torch.dtype | str:
+    """The dtype of the weights in a directory, which its config may not tell; "auto" where that cannot be seen."""
+    dtypes: set[torch.dtype] = set()
+    for shard in shard_files(Path(source)) if Path(source).is_dir() else []:
+        with safe_open(shard, framework="pt") as file:
+            names = {str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
+        dtypes |= {_DTYPES[name] for name in names if name in _DTYPES}
+    if len(dtypes) > 1:
+        log.warning("%s mixes weights of %s; all are treated as what its config says", source, sorted(map(str, dtypes)))
+    return dtypes.pop() if len(dtypes) == 1 else "auto"
+
+
 def _load_model(source: str, device: torch.device) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+            source, dtype=_stored_dtype(source), output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:  # transformers raises many kinds; each means that this model cannot be used
         raise InputError(f"the model {source} cannot be loaded: {_first_line(error)}") from error

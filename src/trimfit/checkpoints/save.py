@@ -11,12 +11,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
-from trimfit.checkpoints.atomic import atomic_directory
+from trimfit.checkpoints.atomic import SIDECAR, atomic_directory
 from trimfit.checkpoints.load import Checkpoint
 from trimfit.checkpoints.shards import merge, shard_map
 from trimfit.errors import RunError
-
-SIDECAR = "trimfit.json"
 
 
 def save_checkpoint(

@@ -2,10 +2,11 @@
 
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import cast
+from typing import NoReturn, cast
 
 import typer
 from pydantic import ValidationError
@@ -39,7 +40,13 @@ def options(
 
 def main() -> None:
     """Entry point: 0 when all went well, 2 for wrong input, 1 for failure, 130 for an interrupt."""
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(sys.argv[1:]))
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    """Ends through the clean-up of everything that is open, so that nothing half-written stays."""
+    raise SystemExit(128 + number)
 
 
 def run(arguments: Sequence[str]) -> int:

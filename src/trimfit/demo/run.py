@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ PATTERNS: tuple[tuple[str, dict[str, float | str]], ...] = (
 WINDOW = 256
 SAMPLES = 28
 SCORED_CHARACTERS = 4000  # from the middle of each evaluation module
+_SOURCE = "demo"
 PROMPT = 'def read_lines(path):\n    """'
 NEW_TOKENS = 24
 
@@ -76,7 +77,7 @@ def run_demo(out: Path, observer: Observer, device: torch.device) -> Iterator[De
         for selector in SELECTORS:
             for refit in ("none", "optimal"):
                 model.load_state_dict(dense)
-                config = PruneConfig.model_validate({"selector": selector, "refit": refit, **pattern})
+                config = PruneConfig.model_validate({"selector": selector, "refit": refit, "batch_size": 4, **pattern})
                 start = time.perf_counter()
                 report = prune(model, windows, config, observer=observer)
                 row = _row(model, tokenizer, documents, label, report, time.perf_counter() - start)
@@ -86,12 +87,12 @@ def run_demo(out: Path, observer: Observer, device: torch.device) -> Iterator[De
     assert best is not None
     observer.stage(f"writing {out}")
     model.load_state_dict(best[2])
-    save_pruned(checkpoint, out, best[1], calibration, windows, before, overwrite=True)
+    save_pruned(replace(checkpoint, source=_SOURCE), out, best[1], calibration, windows, before, overwrite=True)
 
 
 def _is_earlier_demo(out: Path) -> bool:
     try:
-        return json.loads((out / SIDECAR).read_text(encoding="utf-8"))["source"] == str(model_path())
+        return json.loads((out / SIDECAR).read_text(encoding="utf-8"))["source"] == _SOURCE
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -7,6 +7,7 @@ byte-level BPE tokenizer. Seeded; about 40 minutes on two CPU cores with bfloat1
 import argparse
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -70,7 +71,7 @@ def learning_rate(step: int) -> float:
     return PEAK_LEARNING_RATE * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def batches(tokens: torch.Tensor, bos: int, generator: torch.Generator):
+def batches(tokens: torch.Tensor, bos: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
     """Windows at a random offset of each epoch, in random order; every window begins with the document token."""
     length = CONTEXT - 1
     while True:

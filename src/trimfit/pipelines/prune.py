@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from trimfit.calibration import check_ids, context_length, split_held_out
 from trimfit.errors import InputError
 from trimfit.masks import SELECTORS, Selection, check_width
-from trimfit.models import Block, Group, Layer, Walker, find_blocks, select_layers
+from trimfit.models import Block, Group, Layer, Walker, check_causal, find_blocks, select_layers
 from trimfit.pipelines.config import PruneConfig
 from trimfit.pipelines.layer_error import LayerErrorMeter
 from trimfit.pipelines.observer import Observer, Silent
@@ -163,3 +163,4 @@ def _check(model: PreTrainedModel, tokens: Tensor, blocks: list[Block], config: 
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise InputError(f"{name} has NaN or infinite entries: the checkpoint is damaged; nothing was changed")
+    check_causal(model, tokens[0].long())

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import platform
-import resource
 import sys
 
 import torch
@@ -104,5 +103,7 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the CUDA allocator's peak on a GPU, the process's largest resident size elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -21,7 +21,8 @@ class Certificate:
 
     - `gap`: (m,) float64, a proven upper bound on f(w) − f*, rounding of its own evaluation included.
     - `gain`: (m,) float64, f(masked weights) − f(w), less what rounding may have added to it.
-    - `scale`: (m,) float64, the gain that `gap` is compared with: `gain`, or |f(w)|·1e-8 where that is larger.
+    - `scale`: (m,) float64, the gain that `gap` is compared with: `gain`, or where that is larger 1e-8 of |f(w)|, or of
+      what the best single weight could gain.
     """
 
     gap: Tensor
@@ -37,7 +38,8 @@ class Certificate:
     def layer(self) -> float:
         """The same for the whole layer: Σ gap / Σ scale."""
         gap = self.gap.sum().item()
-        return gap / self.scale.sum().item() if gap else 0.0
+        scale = self.scale.sum().item()
+        return gap / scale if scale else 0.0
 
     def replace(self, rows: Tensor, new: "Certificate") -> "Certificate":
         """These bounds, but those in `new` for some rows."""
@@ -83,7 +85,9 @@ def _certify(problem: Problem, point: Tensor, gradient: Tensor) -> tuple[Certifi
     lost = rounding + _rounding(problem, problem.start) + (gram.size + 8) * unit_rounding(slope) * slope.norm(dim=1)
     gain = ((change * slope).sum(1) - change.norm(dim=1) * lost) / 2
     objective = -(point * (gradient + problem.linear)).sum(1) / 2
-    return Certificate(gap, gain, torch.maximum(gain, _SMALLEST_GAIN * objective.abs())), residual
+    single = problem.linear.square().amax(1) / 2  # with a unit diagonal; not 0 where f(w) is, unless the row is
+    floor = _SMALLEST_GAIN * torch.maximum(objective.abs(), single)
+    return Certificate(gap, gain, torch.maximum(gain, floor)), residual
 
 
 def _rounding(problem: Problem, point: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from trimfit.errors import InputError
 log = logging.getLogger(__name__)
 
 _FIRST_RAISE = 1e-8  # relative to the mean diagonal: the damping tried first when none was asked for
-_LARGEST_DAMPING = 1.0
+_LARGEST_DAMPING = 0.1  # a matrix that needs more has negative eigenvalues that rounding does not explain
 _LARGEST_SLACK = 0.5
 
 
@@ -141,6 +141,10 @@ def _check(gram: Tensor, damping: float) -> None:
         )
     if (gram.diagonal() < 0).any():
         raise InputError("the Gram matrix has a negative diagonal entry, so it is not of the form XᵀX")
+    if gram[gram.diagonal() == 0].any():
+        raise InputError(
+            "the Gram matrix has a zero on its diagonal but not in its whole row, so it is not of the form XᵀX"
+        )
     if (gram - gram.T).abs().max() > 1e-3 * gram.abs().max():
         raise InputError("the Gram matrix is not symmetric, so it is not of the form XᵀX")
     if not 0 <= damping < float("inf"):

@@ -25,7 +25,7 @@ def old(tmp_path: Path) -> Path:
     """A checkpoint where the output shall be."""
     out = tmp_path / "out"
     out.mkdir()
-    (out / "config.json").write_text("{}")
+    (out / "trimfit.json").write_text("{}")
     write_model(out, "old")
     return out
 
@@ -115,13 +115,13 @@ def test_the_old_one_survives_an_error_while_renaming(
     assert is_untouched(old)
 
 
-def test_only_a_checkpoint_is_replaced(tmp_path: Path):
+def test_only_our_own_output_is_replaced(tmp_path: Path):
     """Or an empty directory: --overwrite with a slip of the hand must not cost a home directory."""
     home = tmp_path / "home"
     home.mkdir()
     check_output(home, overwrite=True)
     (home / "thesis").write_text("")
-    with pytest.raises(InputError, match="home is a directory with other things than a model; choose another output"):
+    with pytest.raises(InputError, match="home was not written by trimfit, so it is not replaced"):
         check_output(home, overwrite=True)
 
 

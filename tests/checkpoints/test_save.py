@@ -172,11 +172,11 @@ def test_an_existing_output_is_refused_and_overwritten_when_asked(write: Any, tm
     checkpoint = load_checkpoint(str(write()))
     out = tmp_path / "out"
     out.mkdir()
-    (out / "config.json").write_text("{}")
+    (out / "trimfit.json").write_text("{}")
     (out / "mine").write_text("")
     with pytest.raises(InputError, match="exists already"):
         save(checkpoint, out)
-    assert {path.name for path in out.iterdir()} == {"config.json", "mine"}
+    assert {path.name for path in out.iterdir()} == {"trimfit.json", "mine"}
     save(checkpoint, out, overwrite=True)
     assert not (out / "mine").exists()
     assert (out / "model.safetensors").exists()
@@ -188,6 +188,7 @@ def test_the_source_itself_can_be_overwritten(write: Any):
     checkpoint = load_checkpoint(str(source))
     shards = weight_map(source)
     zeros = half(checkpoint)
+    (source / "trimfit.json").write_text("{}")
     save(checkpoint, source, sparsity=zeros, overwrite=True)
     assert weight_map(source) == shards
     loaded = load_checkpoint(str(source)).model.state_dict()

@@ -45,9 +45,11 @@ def test_line_has_the_numbers(here: Here, tiny: Path, text: Path, expected: Scor
 
 def test_window_is_capped_by_the_context(here: Here, tiny: Path, text: Path) -> None:
     outcome = here("eval", tiny, "--text", text, "--json")
-    assert outcome.status == 0
+    assert (outcome.status, outcome.stderr) == (0, "")
     assert json.loads(outcome.stdout)["window"] == 64
-    assert outcome.stderr.startswith("warning: ")
+    asked = here("eval", tiny, "--text", text, "--window", "65", "--json")
+    assert json.loads(asked.stdout) == json.loads(outcome.stdout)
+    assert asked.stderr.startswith("warning: ")
 
 
 def test_json_lines(here: Here, tiny: Path, text: Path, tmp_path: Path, expected: Score) -> None:

@@ -58,7 +58,7 @@ def runs(tiny: Path, text: Path, folder: Path, pool: ThreadPoolExecutor) -> dict
     """The real command three times: a seed, the same again, and another one over an existing output."""
     for name in ("other", "other/old"):
         (folder / name).mkdir()
-    (folder / "other" / "config.json").write_text("{}")
+    (folder / "other" / "trimfit.json").write_text("{}")
 
     def start(name: str, *options: str, **environment: str):
         arguments = ("prune", tiny, "-o", folder / name, "--calibration", text, *SIZES, *options)
@@ -318,7 +318,7 @@ def test_longer_windows_than_the_context_and_more_than_the_text_are_said(
     here: Here, tiny: Path, tmp_path: Path
 ) -> None:
     few = write_text(tmp_path / "few.txt", words=60)
-    outcome = here("prune", tiny, "-o", tmp_path / "out", "--calibration", few)
+    outcome = here("prune", tiny, "-o", tmp_path / "out", "--calibration", few, "--sequence-length", "100")
     assert outcome.status == 0
     lines = outcome.stderr.splitlines()
     assert len(lines) == 2

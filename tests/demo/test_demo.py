@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimfit import InputError, PruneConfig, PruneReport, Score
 from trimfit.cli import show
-from trimfit.demo.run import NEW_TOKENS, PROMPT, DemoRow, model_path, run_demo
+from trimfit.demo.run import NEW_TOKENS, PROMPT, DemoRow, run_demo
 from trimfit.pipelines.observer import Silent
 
 PAIRS = [("wanda", "50 %"), ("sparsegpt", "50 %"), ("wanda", "2:4"), ("sparsegpt", "2:4")]
@@ -89,7 +89,7 @@ def test_output_is_the_best_at_half_and_loads_with_plain_transformers(rows: list
 
 def test_record_is_that_of_the_output(rows: list[dict[str, Any]], out: Path) -> None:
     record = json.loads((out / "trimfit.json").read_text(encoding="utf-8"))
-    assert record["source"] == str(model_path())
+    assert record["source"] == "demo"
     assert record["calibration"]["source"] == "demo"
     best = best_at_half(rows)
     assert record["config"]["selector"] == best["selector"]

@@ -97,7 +97,7 @@ def test_an_existing_output_survives_a_failure(
     source = write(tmp_path / "model", word_tokenizer)
     out = tmp_path / "out"
     out.mkdir()
-    (out / "config.json").write_text("{}")
+    (out / "trimfit.json").write_text("{}")
     (out / "mine").write_text("old")
     with pytest.raises(InputError, match="matches no linear layer"):
         prune_checkpoint(source, out, PruneConfig(ignore=("x",)), calibration, device=CPU, overwrite=True)
@@ -111,7 +111,7 @@ def test_the_model_itself_is_never_replaced(
     tmp_path: Path, calibration: CalibrationConfig, word_tokenizer: PreTrainedTokenizerFast, out: str
 ):
     source = write(tmp_path / "model", word_tokenizer)
-    (tmp_path / "config.json").write_text("{}")  # as if the folder around it were a checkpoint too
+    (tmp_path / "trimfit.json").write_text("{}")  # as if the folder around it were a checkpoint too
     with pytest.raises(InputError, match=r"would destroy the model .* itself; choose another output"):
         prune_checkpoint(source, tmp_path / out, PruneConfig(), calibration, device=CPU, overwrite=True)
     assert (tmp_path / "model" / "config.json").exists()

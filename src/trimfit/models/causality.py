@@ -10,19 +10,20 @@ from trimfit.models.mode import evaluation_mode
 
 @torch.no_grad()
 def check_causal(model: PreTrainedModel, window: Tensor) -> None:
-    """Raises `InputError` when another last token changes what the model predicts before it.
+    """Raises `InputError` when another second half of a text changes what the model predicts in the first.
 
     `window` is (L,) token ids; windows of one token tell nothing.
     """
     if len(window) < 2:
         return
+    half = len(window) // 2
     other = window.clone()
-    other[-1] = window[0] if window[0] != window[-1] else (window[-1] + 1) % model.config.get_text_config().vocab_size
+    other[half:] = (window[half:] + 1) % int(window.max() + 1)  # other tokens, and all in the vocabulary
     with evaluation_mode(model):
         pair = torch.stack([window, other]).to(model.device)
-        logits: Tensor = model(input_ids=pair, use_cache=False).logits[:, :-1].float()
-    difference = (logits[0] - logits[1]).abs().max()
-    if difference > 1e-2 * logits.abs().max():
+        logits: Tensor = model(input_ids=pair, use_cache=False).logits[:, :half]
+    rounding = 4 * torch.finfo(logits.dtype).eps
+    if (logits[0] - logits[1]).abs().max() > rounding * logits.abs().max():
         raise InputError(
             f"{type(model).__name__} looks at tokens to the right, so it is an encoder; trimfit works on decoder-only "
             "language models"

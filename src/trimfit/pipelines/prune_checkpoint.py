@@ -34,8 +34,9 @@ def prune_checkpoint(
     `source`; other errors: see `load_checkpoint`, `prune`, `save_checkpoint`.
     """
     observer = observer or Silent()
+    if overwrite:
+        _check_source_stays(source, out)
     check_output(out, overwrite)
-    _check_source_stays(source, out)
     observer.stage(f"loading {source}")
     checkpoint = load_checkpoint(source, device)
     windows = calibration.windows(checkpoint.tokenizer, checkpoint.model.config)

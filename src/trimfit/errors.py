@@ -17,3 +17,9 @@ class RunError(TrimfitError, RuntimeError):
     """The input was right, but the work could not be finished: disk full, verification failed."""
 
     exit_code = 1
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, short enough to stand in a sentence of ours."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

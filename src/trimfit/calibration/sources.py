@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trimfit.errors import InputError
+from trimfit.errors import InputError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -181,16 +181,11 @@ def _hub_documents(name: str, config: str | None, field: str, split: str, limit:
         rows: list[dict[str, object]] = list(islice(stream, limit))
     except Exception as error:  # the package lets through exceptions of every library beneath it
         label = f"{name}:{config}" if config else name
-        raise InputError(f"the dataset {label} (split {split!r}) cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"the dataset {label} (split {split!r}) cannot be loaded: {first_line(error)}") from error
     if len(rows) == limit:
         log.info("only the first %d rows of %s are read", limit, name)
     for number, row in enumerate(rows):
         yield _field_text(f"dataset {name}, row {number}", row, field)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _load_npy(path: Path) -> NDArray[Any]:
@@ -198,7 +193,7 @@ def _load_npy(path: Path) -> NDArray[Any]:
         with path.open("rb") as file:  # not np.load: that also opens archives, as mappings
             return np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} cannot be read as a .npy file: {_first_line(error)}") from error
+        raise InputError(f"{path} cannot be read as a .npy file: {first_line(error)}") from error
 
 
 def _load_safetensors(path: Path) -> NDArray[Any]:
@@ -209,7 +204,7 @@ def _load_safetensors(path: Path) -> NDArray[Any]:
             integer = [name for name in names if file.get_slice(name).get_dtype()[0] in "IU"]
             return file.get_tensor(_ids_name(path, names, integer))
     except (OSError, SafetensorError, TypeError) as error:
-        raise InputError(f"{path} cannot be read as a .safetensors file: {_first_line(error)}") from error
+        raise InputError(f"{path} cannot be read as a .safetensors file: {first_line(error)}") from error
 
 
 def _ids_name(path: Path, names: list[str], integer: list[str]) -> str:

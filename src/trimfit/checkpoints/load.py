@@ -13,7 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from trimfit.checkpoints.shards import INDEX, SINGLE, shard_files
-from trimfit.errors import InputError
+from trimfit.errors import InputError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def _load_config(source: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(source)
     except Exception as error:  # every way a config can be wrong, or the hub out of reach
         where = "" if Path(source).is_dir() else "there is no such directory, and as a model of the hub "
-        raise InputError(f"{where}the config of {source} cannot be read: {_first_line(error)}") from error
+        raise InputError(f"{where}the config of {source} cannot be read: {first_line(error)}") from error
 
 
 def _check_architecture(source: str, config: PreTrainedConfig) -> None:
@@ -135,7 +135,7 @@ def _load_model(source: str, device: torch.device) -> PreTrainedModel:
             source, dtype=_stored_dtype(source), output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:  # transformers raises many kinds; each means that this model cannot be used
-        raise InputError(f"the model {source} cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"the model {source} cannot be loaded: {first_line(error)}") from error
     model, info = loaded
     if info["mismatched_keys"]:
         name = sorted(info["mismatched_keys"])[0][0]
@@ -159,9 +159,4 @@ def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source)
     except Exception as error:  # as above
-        raise InputError(f"the tokenizer of {source} cannot be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+        raise InputError(f"the tokenizer of {source} cannot be loaded: {first_line(error)}") from error

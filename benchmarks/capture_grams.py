@@ -30,7 +30,7 @@ def main() -> None:
     calibration = trimfit.CalibrationConfig(
         source=arguments.calibration, samples=arguments.samples, sequence_length=arguments.sequence_length
     )
-    windows = calibration.windows(checkpoint.tokenizer, checkpoint.model.config)
+    windows = calibration.windows(checkpoint.tokenizer, checkpoint.model)
     walker = Walker(checkpoint.model, find_blocks(checkpoint.model), {"all": windows})
     tensors: dict[str, torch.Tensor] = {}
     for block in walker:

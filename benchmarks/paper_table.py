@@ -95,7 +95,7 @@ def main() -> None:
         calibration = CalibrationConfig(
             source=arguments.calibration, samples=arguments.samples, sequence_length=length, seed=seed
         )
-        windows = calibration.windows(tokenizer, model.config)
+        windows = calibration.windows(tokenizer, model)
         model.load_state_dict(dense_state)
         start = time.perf_counter()
         config = trimfit.PruneConfig.model_validate(

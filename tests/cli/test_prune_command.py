@@ -135,7 +135,7 @@ def test_record_is_complete(first: Path, tiny: Path, text: Path) -> None:
 
     dense = load_checkpoint(str(tiny))
     windows = CalibrationConfig(source=str(text), samples=12, sequence_length=32)
-    tokens = windows.windows(dense.tokenizer, dense.model.config)
+    tokens = windows.windows(dense.tokenizer, dense.model)
     assert record["fingerprints"] == {
         "model": fingerprint(dense.model),
         "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),

@@ -113,5 +113,5 @@ def test_library_without_source_is_refused(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_calibration_has_enough_windows(embedded: Checkpoint) -> None:
-    windows = CalibrationConfig(samples=128, sequence_length=WINDOW).windows(embedded.tokenizer, embedded.model.config)
+    windows = CalibrationConfig(samples=128, sequence_length=WINDOW).windows(embedded.tokenizer, embedded.model)
     assert windows.shape == (128, WINDOW)

@@ -42,7 +42,7 @@ def test_out_is_a_plain_checkpoint(
     report = prune_checkpoint(source, tmp_path / "out", PruneConfig(), calibration, device=CPU)
 
     expected = family.build()
-    tokens = calibration.windows(word_tokenizer, expected.config)
+    tokens = calibration.windows(word_tokenizer, expected)
     prune(expected, tokens, PruneConfig())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert fingerprint(model) == fingerprint(expected)

@@ -2,6 +2,7 @@
 
 from trimfit.calibration.config import CalibrationConfig
 from trimfit.calibration.gram import GramSum
+from trimfit.calibration.self_sampling import SelfSample, sample_from_model
 from trimfit.calibration.sources import read_documents, read_token_ids
 from trimfit.calibration.windows import (
     AddedTokens,
@@ -19,12 +20,14 @@ __all__ = [
     "AddedTokens",
     "CalibrationConfig",
     "GramSum",
+    "SelfSample",
     "added_tokens",
     "check_ids",
     "context_length",
     "encode_documents",
     "read_documents",
     "read_token_ids",
+    "sample_from_model",
     "sample_windows",
     "split_held_out",
     "window_length",

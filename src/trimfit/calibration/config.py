@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from trimfit.calibration.self_sampling import AT_ONCE, SelfSample, sample_from_model
 from trimfit.calibration.sources import read_documents, read_token_ids
 from trimfit.calibration.standard_library import CALIBRATION, read_modules
 from trimfit.calibration.windows import (
@@ -17,16 +18,18 @@ from trimfit.calibration.windows import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEMO = "demo"
+SELF = "self"
 
 
 class CalibrationConfig(BaseModel):
     """Where calibration windows come from.
 
-    - `source`: a text file, a .jsonl file, a .npy or .safetensors file of token ids, a dataset on the hub, or "demo"
-      for the standard-library modules kept aside for it.
+    - `source`: a text file, a .jsonl file, a .npy or .safetensors file of token ids, a dataset on the hub, "demo" for
+      the standard-library modules kept aside for it, or "self" for text sampled from the model itself, so that no data
+      is needed. A file of either name is read as "./demo" or "./self".
     - `field`: name of the text in each line of .jsonl, or column of the data set.
     - `split`: of a data set on the hub.
     - `samples`: windows to draw.
@@ -43,9 +46,12 @@ class CalibrationConfig(BaseModel):
     sequence_length: int | None = Field(default=None, ge=2)
     seed: int = Field(default=0, ge=0, lt=2**63)
 
-    def windows(self, tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedConfig") -> Tensor:
+    def windows(self, tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> Tensor:
         """(samples, length) int64 token ids. Raises `InputError` for a source that cannot be used."""
-        length = window_length(self.sequence_length, model)
+        sample = self.self_sample(tokenizer, model)
+        if sample is not None:
+            return sample.windows
+        length = window_length(self.sequence_length, model.config)
         if Path(self.source).suffix in (".npy", ".safetensors"):
             ids = read_token_ids(self.source)
             return windows_from_ids(ids, samples=self.samples, length=length, seed=self.seed)
@@ -53,8 +59,22 @@ class CalibrationConfig(BaseModel):
         bos = added_tokens(tokenizer).bos
         return sample_windows(documents, samples=self.samples, length=length, seed=self.seed, bos=bos)
 
+    def self_sample(
+        self, tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", *, batch_size: int = AT_ONCE
+    ) -> SelfSample | None:
+        """The windows that the model writes, `batch_size` at a time, and how they look; None unless source is "self".
+
+        Raises `InputError` as `sample_from_model` does.
+        """
+        if self.source != SELF:
+            return None
+        length = window_length(self.sequence_length, model.config)
+        return sample_from_model(
+            model, tokenizer, samples=self.samples, length=length, seed=self.seed, batch_size=batch_size
+        )
+
     def documents(self) -> list[str]:
-        """The texts of the source."""
+        """The texts of the source, which must not be "self" or token ids."""
         if self.source == DEMO:
             return read_modules(CALIBRATION)
         return read_documents(self.source, field=self.field, split=self.split)

@@ -50,7 +50,11 @@ def prune(
     ] = None,
     held_out: Annotated[float, typer.Option(help="Share of windows kept aside to measure layer errors.")] = 0.125,
     calibration: Annotated[
-        str, typer.Option(help="Text file, .jsonl, .npy/.safetensors of token ids, hub data set, or 'demo'.")
+        str,
+        typer.Option(
+            help="Text file, .jsonl, .npy/.safetensors of token ids, hub data set, 'demo', or 'self': "
+            "text that MODEL writes itself, so that no data is needed."
+        ),
     ] = "demo",
     field: Annotated[str, typer.Option(help="Field with the text in .jsonl or a data set.")] = "text",
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",

@@ -66,7 +66,7 @@ def run_demo(out: Path, observer: Observer, device: torch.device) -> Iterator[De
     checkpoint = load_checkpoint(str(model_path()), device)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     calibration = CalibrationConfig(samples=SAMPLES, sequence_length=WINDOW)
-    windows = calibration.windows(tokenizer, model.config)
+    windows = calibration.windows(tokenizer, model)
     before = fingerprint(model)
     documents = [_middle(text) for text in read_modules(EVALUATION)]
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}

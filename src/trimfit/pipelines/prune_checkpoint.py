@@ -7,8 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimfit.calibration import CalibrationConfig
-from trimfit.checkpoints import Checkpoint, check_output, fingerprint, load_checkpoint, save_checkpoint
+from trimfit.calibration import CalibrationConfig, SelfSample
+from trimfit.checkpoints import (
+    Checkpoint,
+    atomic_directory,
+    check_output,
+    fingerprint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from trimfit.errors import InputError
 from trimfit.pipelines.config import PruneConfig
 from trimfit.pipelines.observer import Observer, Silent
@@ -16,6 +23,10 @@ from trimfit.pipelines.prune import prune
 from trimfit.pipelines.records import PruneReport
 
 FORMAT = 1  # of trimfit.json
+SAMPLED = "calibration.npy"  # not .safetensors: vLLM reads every such file of a directory as weights
+
+# Windows written together for each window of a whole forward pass: a step takes one token of each.
+_WRITTEN_AT_ONCE = 4
 
 
 def prune_checkpoint(
@@ -30,8 +41,9 @@ def prune_checkpoint(
 ) -> PruneReport:
     """Loads `source`, prunes it and writes `out`: a plain Hugging Face checkpoint with a `trimfit.json` in it.
 
-    Nothing is written before everything is done and checked. Raises `InputError` for an `out` that would replace
-    `source`; other errors: see `load_checkpoint`, `prune`, `save_checkpoint`.
+    With calibration on the model itself `calibration.npy` in it holds the windows. Nothing is written before everything
+    is done and checked. Raises `InputError` for an `out` that would replace `source`; other errors: see
+    `load_checkpoint`, `CalibrationConfig`, `prune`, `save_checkpoint`.
     """
     observer = observer or Silent()
     if overwrite:
@@ -39,11 +51,14 @@ def prune_checkpoint(
     check_output(out, overwrite)
     observer.stage(f"loading {source}")
     checkpoint = load_checkpoint(source, device)
-    windows = calibration.windows(checkpoint.tokenizer, checkpoint.model.config)
-    model_fingerprint = fingerprint(checkpoint.model)
-    report = prune(checkpoint.model, windows, config, observer=observer)
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    observer.stage(f"calibration windows from {calibration.source}")
+    sample = calibration.self_sample(tokenizer, model, batch_size=_WRITTEN_AT_ONCE * config.batch_size)
+    windows = sample.windows if sample else calibration.windows(tokenizer, model)
+    model_fingerprint = fingerprint(model)
+    report = prune(model, windows, config, observer=observer)
     observer.stage(f"writing {out}")
-    save_pruned(checkpoint, out, report, calibration, windows, model_fingerprint, overwrite=overwrite)
+    save_pruned(checkpoint, out, report, calibration, windows, model_fingerprint, sample=sample, overwrite=overwrite)
     return report
 
 
@@ -55,11 +70,13 @@ def save_pruned(
     windows: Tensor,
     model_fingerprint: str,
     *,
+    sample: SelfSample | None = None,
     overwrite: bool,
 ) -> None:
     """Writes a pruned model with the record of how it came about, and checks its zeros.
 
-    `windows` are the calibration windows, `model_fingerprint` is that of the dense model.
+    `windows` are the calibration windows, `model_fingerprint` is that of the dense model. `sample` is given when that
+    model wrote the windows; they are kept then, as they can be had from nowhere else.
     """
     sidecar: dict[str, Any] = {
         "format": FORMAT,
@@ -70,10 +87,16 @@ def save_pruned(
             "model": model_fingerprint,
             "tokens": hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest(),
         },
+        "self_sample": sample.record() if sample else None,
         **report.model_dump(),
     }
     zeros = {f"{record.name}.weight": record.sparsity for record in report.layers}
-    save_checkpoint(checkpoint, out, sidecar, sparsity=zeros, overwrite=overwrite)
+    if sample is None:
+        save_checkpoint(checkpoint, out, sidecar, sparsity=zeros, overwrite=overwrite)
+        return
+    with atomic_directory(out, overwrite) as beside:
+        save_checkpoint(checkpoint, beside, sidecar, sparsity=zeros, overwrite=True)  # over the empty directory
+        sample.save(beside / SAMPLED, calibration.seed)
 
 
 def _check_source_stays(source: str, out: Path) -> None:

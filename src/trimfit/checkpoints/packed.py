@@ -1,0 +1,176 @@
+"""Quantized weights in the format `pack-quantized` of compressed-tensors, which transformers and vLLM load."""
+
+import copy
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import compressed_tensors
+import torch
+from compressed_tensors.compressors import pack_to_int32, unpack_from_int32
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from trimfit.checkpoints.shards import shard_files
+from trimfit.errors import InputError, RunError
+from trimfit.quant.grid import Grid, Quantized
+
+_ROWS = 64  # packed at a time: the library needs many bytes for each weight while it packs
+
+
+def packed_tensors(name: str, quantized: Quantized) -> dict[str, Tensor]:
+    """What a checkpoint holds instead of `{name}.weight` (out, in); the bias, if any, is stored as ever.
+
+    - `{name}.weight_packed`: (out, ⌈in · bits / 32⌉) int32, the codes of each row one after another, lowest bits first.
+    - `{name}.weight_scale`: (out, groups), as it is.
+    - `{name}.weight_shape`: (2,) int64, out and in.
+    - `{name}.weight_zero_point`: (⌈out · bits / 32⌉, groups) int32, packed along the output; only if asymmetric.
+
+    Raises `InputError` for a symmetric grid with a zero point that is not in the middle, as it would not be stored.
+    """
+    grid = quantized.grid
+    rows = [pack_to_int32(_signed(codes, grid), grid.bits) for codes in quantized.codes.split(_ROWS)]
+    tensors = {
+        f"{name}.weight_packed": torch.cat(rows),
+        f"{name}.weight_scale": quantized.scale,
+        f"{name}.weight_shape": torch.tensor(quantized.codes.shape),
+    }
+    if not grid.symmetric:
+        packed = pack_to_int32(_signed(quantized.zero_point, grid), grid.bits, packed_dim=0)
+        tensors[f"{name}.weight_zero_point"] = packed
+    elif (quantized.zero_point != grid.middle).any():
+        raise InputError(f"the grid of {name} is symmetric, but not all of its zero points are {grid.middle}")
+    return tensors
+
+
+def unpack(name: str, tensors: Mapping[str, Tensor], grid: Grid) -> Quantized:
+    """The inverse of `packed_tensors`, bit for bit. `grid` is the one that the layer was packed with."""
+    scale = tensors[f"{name}.weight_scale"]
+    shape = torch.Size(tensors[f"{name}.weight_shape"].tolist())
+    codes = _unsigned(unpack_from_int32(tensors[f"{name}.weight_packed"], grid.bits, shape), grid)
+    if grid.symmetric:
+        zero = torch.full_like(scale, grid.middle, dtype=torch.uint8)
+    else:
+        # Transposed by a copy: of a single row, the library's own transpose has strides that it cannot read.
+        columns = tensors[f"{name}.weight_zero_point"].T.clone(memory_format=torch.contiguous_format)
+        zero = _unsigned(unpack_from_int32(columns, grid.bits, scale.T.shape), grid).T.contiguous()
+    return Quantized(codes, scale, zero, grid)
+
+
+def quantization_config(layers: Mapping[str, Grid], ignore: Sequence[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json.
+
+    **Arguments**
+
+    - `layers`: the grid of each quantized layer by its name in the model. At least one, else `InputError`.
+    - `ignore`: the names of all other `torch.nn.Linear` modules of the model.
+    """
+    if not layers:
+        raise InputError("no layer is quantized, so there is nothing to pack; save the model as it is")
+    names: dict[Grid, list[str]] = {}
+    for name, grid in layers.items():
+        names.setdefault(grid, []).append(name)
+    # One grid has the form that all servers know. Of several, none may name the class: vLLM looks for the class of a
+    # fused module (q, k and v in one) before the names of its parts, and would take the wrong grid.
+    targets = {grid: ["Linear"] if len(names) == 1 else names[grid] for grid in names}
+    return {
+        "quant_method": "compressed-tensors",
+        "version": compressed_tensors.__version__,  # before 0.18, bits that do not divide 32 were packed otherwise
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {f"group_{i}": _scheme(grid, targets[grid]) for i, grid in enumerate(names)},
+        "ignore": list(ignore),
+    }
+
+
+def check_packable(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Raises `InputError` when a layer is no `torch.nn.Linear` or shares its weights, which the format cannot hold."""
+    tied = _tied(model)
+    for name in names:
+        module = model.get_submodule(name)
+        if not isinstance(module, nn.Linear):
+            raise InputError(
+                f"{name} is a {type(module).__name__}, but the pack-quantized format holds torch.nn.Linear only: "
+                "this model cannot be saved quantized"
+            )
+        if f"{name}.weight" in tied:
+            raise InputError(f"{name} shares its weights with the embedding, so it cannot be packed; leave it as it is")
+
+
+def plain_tensors(model: PreTrainedModel, layers: Collection[str], prefix: str = "") -> dict[str, Tensor]:
+    """What a checkpoint holds beside the packed `layers`: norms, embeddings, biases; tied weights once.
+
+    Only names that begin with `prefix`, so that blocks can be written one by one. Tensors are the model's own.
+    """
+    left_out = {f"{name}.weight" for name in layers} | _tied(model)
+    return {
+        name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefix) and name not in left_out
+    }
+
+
+def finish_packed(model: PreTrainedModel, layers: Mapping[str, Grid], directory: Path) -> None:
+    """Writes config and generation config beside the weights in `directory`, and checks that the weights are all there.
+
+    `model` tells names, shapes and dtypes; its weights may be on the meta device. It is not changed. Raises
+    `InputError` as `check_packable` does, `RunError` when weights are missing, unknown or with scales that are not in
+    the dtype of the model, in which they would be loaded.
+    """
+    check_packable(model, layers)
+    _check_written(model, layers, directory)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    config = copy.deepcopy(model.config)
+    config.quantization_config = quantization_config(layers, [name for name in linear if name not in layers])
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    config.save_pretrained(directory)
+    if model.can_generate():
+        model.generation_config.to_json_file(directory / GENERATION_CONFIG_NAME)
+
+
+def _signed(codes: Tensor, grid: Grid) -> Tensor:
+    """int8 as the library wants it, 0 in the middle: uint8 wraps around where int8 is negative."""
+    return (codes - grid.middle).view(torch.int8)
+
+
+def _unsigned(signed: Tensor, grid: Grid) -> Tensor:
+    return signed.view(torch.uint8) + grid.middle
+
+
+def _scheme(grid: Grid, targets: list[str]) -> dict[str, Any]:
+    weights = {
+        "num_bits": grid.bits,
+        "type": "int",
+        "symmetric": grid.symmetric,
+        "strategy": "group" if grid.group_size else "channel",
+        "group_size": grid.group_size,
+        "dynamic": False,
+    }
+    return {"targets": targets, "weights": weights, "format": "pack-quantized"}
+
+
+def _tied(model: PreTrainedModel) -> set[str]:
+    """Names of weights that are stored under another name."""
+    pairs = model.all_tied_weights_keys.items()
+    return {name for name, source in pairs if model.get_parameter(name) is model.get_parameter(source)}
+
+
+def _check_written(model: PreTrainedModel, layers: Mapping[str, Grid], directory: Path) -> None:
+    expected = set(plain_tensors(model, layers))
+    for name, grid in layers.items():
+        parts = ("packed", "scale", "shape") if grid.symmetric else ("packed", "scale", "shape", "zero_point")
+        expected |= {f"{name}.weight_{part}" for part in parts}
+    written: set[str] = set()
+    for shard in shard_files(directory):
+        with safe_open(shard, framework="pt") as file:
+            names = set(file.keys())
+            scales = {name: file.get_slice(name)[:0].dtype for name in names if name.endswith(".weight_scale")}
+        written |= names
+        for name, dtype in scales.items():
+            if dtype != model.dtype:
+                raise RunError(f"{name} is {dtype} but the model {model.dtype}; nothing was kept, please report this")
+    wrong = sorted(expected ^ written)
+    if wrong:
+        what = "unknown to" if wrong[0] in written else "missing from"
+        raise RunError(f"{wrong[0]} is {what} the quantized checkpoint; nothing was kept, please report this")

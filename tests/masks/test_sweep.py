@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trimfit.masks import NM, SELECTORS, Unstructured
-from trimfit.masks.sweep import column_blocks, inverse_factor
+from trimfit.masks.sweep import column_blocks
 from trimfit.refit.gram import FactoredGram
 
 MakeLayer = Callable[..., tuple[Tensor, FactoredGram]]
@@ -21,7 +21,7 @@ def damped(gram: FactoredGram) -> torch.Tensor:
 @pytest.mark.parametrize("dead", [(), (0, 6)])
 def test_factor_is_that_of_every_trailing_inverse(make_layer: MakeLayer, dead: tuple[int, ...]):
     _, gram = make_layer(1, 9, dead=dead)
-    factor = inverse_factor(gram)
+    factor = gram.inverse_factor
     assert torch.equal(factor, factor.triu())
     for start in range(9):
         trailing = factor[start:, start:]
@@ -38,10 +38,10 @@ def nearly_singular() -> FactoredGram:
 def test_nearly_singular_matrix_is_damped_and_the_reason_logged(caplog: pytest.LogCaptureFixture):
     gram = nearly_singular()
     with caplog.at_level(logging.WARNING):
-        factor = inverse_factor(gram)
+        factor = gram.inverse_factor
     assert "nearly singular at damping 0; raised to 1e-08" in caplog.text
     assert gram.damping == 0  # the caller's matrix is as it was
-    expected = inverse_factor(FactoredGram(gram.raw, 1e-8))
+    expected = FactoredGram(gram.raw, 1e-8).inverse_factor
     assert torch.equal(factor, expected)
 
 

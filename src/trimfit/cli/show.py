@@ -17,7 +17,7 @@ from rich.table import Table
 
 from trimfit.demo.run import PROMPT, DemoRow
 from trimfit.evaluate import Score
-from trimfit.pipelines import LayerRecord, Observer, PruneReport
+from trimfit.pipelines import Finished, Observer, PruneReport
 
 
 def quiet_libraries() -> None:
@@ -58,9 +58,9 @@ class _Bar:
         """Shows the stage."""
         self._bar.update(self._task, description=text)
 
-    def layer(self, record: LayerRecord, done: float) -> None:
+    def layer(self, record: Finished, done: float) -> None:
         """Moves the bar; the note is the layer and the mean error of the layers so far."""
-        self._errors.append(_shown(record.final.held_out, record.final.calibration))
+        self._errors.append(record.error)
         mean = sum(self._errors) / len(self._errors)
         name = record.name.split(f".{record.block}.", 1)[-1]  # the stage tells the block
         self._bar.update(self._task, total=1.0, completed=done, note=f"{name}  error {mean:.4f}")
@@ -177,10 +177,6 @@ def _table(*columns: str) -> Table:
 
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
-
-
-def _shown(held_out: float | None, calibration: float) -> float:
-    return calibration if held_out is None else held_out
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from trimfit.masks.patterns import NM, Pattern, Scope, keep_best, prune_counts, prune_lowest
 from trimfit.masks.selection import Selection, usable_weight
-from trimfit.masks.sweep import BLOCK, column_blocks, inverse_factor
+from trimfit.masks.sweep import BLOCK, column_blocks
 from trimfit.refit.gram import FactoredGram
 
 DEFAULT_SCOPE: Scope = "layer"
@@ -23,7 +23,7 @@ def select(weight: Tensor, gram: FactoredGram, pattern: Pattern, *, block: int =
     """
     given = usable_weight(weight, gram, pattern)
     current = torch.where(gram.dead, 0, given)
-    factor = inverse_factor(gram).to(current.dtype)
+    factor = gram.inverse_factor.to(current.dtype)
     mask = torch.empty_like(current, dtype=torch.bool)
     for start, stop in column_blocks(gram.size, block, pattern):
         if not isinstance(pattern, NM):

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from trimfit.masks.patterns import NM, Pattern, Scope, keep_best, prune_counts, prune_lowest
 from trimfit.masks.selection import Selection, usable_weight
-from trimfit.masks.sweep import BLOCK, column_blocks, inverse_factor
+from trimfit.masks.sweep import BLOCK, column_blocks
 from trimfit.masks.wanda import wanda_scores
 from trimfit.refit.gram import FactoredGram
 
@@ -26,7 +26,7 @@ def select(weight: Tensor, gram: FactoredGram, pattern: Pattern, *, block: int =
     """
     given = usable_weight(weight, gram, pattern)
     current = torch.where(gram.dead, 0, given)
-    factor = inverse_factor(gram)
+    factor = gram.inverse_factor
     mask = torch.empty_like(current, dtype=torch.bool)
     to_prune = None if isinstance(pattern, NM) else prune_counts(pattern, (len(current), gram.size)).to(current.device)
     for start, stop in column_blocks(gram.size, block, pattern):

@@ -1,6 +1,14 @@
 """Finds blocks, layers and groups in a Hugging Face model, and walks it block by block."""
 
 from trimfit.models.causality import check_causal as check_causal
+from trimfit.models.find_folds import find_folds as find_folds
+from trimfit.models.flow import Flow as Flow
+from trimfit.models.flow import find_flow as find_flow
+from trimfit.models.flow import rows_of as rows_of
+from trimfit.models.folds import Folds as Folds
+from trimfit.models.folds import HiddenScale as HiddenScale
+from trimfit.models.folds import InputScale as InputScale
+from trimfit.models.folds import ValueOutput as ValueOutput
 from trimfit.models.mode import evaluation_mode as evaluation_mode
 from trimfit.models.structure import Block as Block
 from trimfit.models.structure import Layer as Layer

@@ -10,9 +10,10 @@ from transformers.pytorch_utils import Conv1D
 from trimfit.models.folds import AnyLayer, ExpertLayer, Folds, HiddenScale, InputScale, ValueOutput
 from trimfit.models.structure import Layer
 from trimfit.models.wiring import FAMILIES, Attention, Mlp, Norm, Wiring
+from trimfit.quant.moments import Norm as MomentNorm
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """Says in one sentence why a fold, or any fold of a block, is not made."""
 
 
@@ -25,8 +26,8 @@ def find_folds(model: PreTrainedModel, block_name: str) -> Folds:
     """
     config = model.config.get_text_config(decoder=True)
     try:
-        finder = _find_wiring(model, config.model_type, block_name)
-    except _Refused as reason:
+        finder = find_wiring(model, config.model_type, block_name)
+    except Refused as reason:
         return Folds(refused=(f"no folds in this block: {reason}",))
     inputs: list[InputScale] = []
     hidden: list[HiddenScale] = []
@@ -35,24 +36,25 @@ def find_folds(model: PreTrainedModel, block_name: str) -> Folds:
     for norm in finder.wiring.norms:
         try:
             inputs.append(finder.input_scale(norm))
-        except _Refused as reason:
+        except Refused as reason:
             refused.append(f"{norm.name} takes no scale: {reason}")
     mlp, attention = finder.wiring.mlp, finder.wiring.attention
     try:
         hidden.extend(finder.hidden_scales(mlp))
-    except _Refused as reason:
+    except Refused as reason:
         refused.append(f"{mlp.up} and {mlp.down} share no scale: {reason}")
     heads = config.num_attention_heads
     try:
         pairs.append(finder.value_output(attention, heads, getattr(config, "num_key_value_heads", None) or heads))
-    except _Refused as reason:
+    except Refused as reason:
         refused.append(f"{attention.value} and {attention.output} are no pair: {reason}")
     return Folds(tuple(inputs), tuple(hidden), tuple(pairs), tuple(refused))
 
 
-def _find_wiring(model: PreTrainedModel, family: str, block_name: str) -> "_Finder":
+def find_wiring(model: PreTrainedModel, family: str, block_name: str) -> "Finder":
+    """The block with its family's wiring. Raises `Refused` where it is not known, or not what the block has."""
     if family not in FAMILIES:
-        raise _Refused(f"how models of type {family!r} are wired is not known")
+        raise Refused(f"how models of type {family!r} are wired is not known")
     block = model.get_submodule(block_name)
     _check_code(block, family)
     _check_owned(model, block_name, block)
@@ -60,8 +62,8 @@ def _find_wiring(model: PreTrainedModel, family: str, block_name: str) -> "_Find
     try:
         wiring = entry if isinstance(entry, Wiring) else entry(block)
     except AttributeError as error:
-        raise _Refused(f"it is not wired as blocks of {family} are: {error}") from None
-    finder = _Finder(block_name, block, wiring)
+        raise Refused(f"it is not wired as blocks of {family} are: {error}") from None
+    finder = Finder(block_name, block, wiring)
     finder.check_complete()
     return finder
 
@@ -75,7 +77,7 @@ def _check_code(block: nn.Module, family: str) -> None:
             continue
         plain = type(module) in (nn.Linear, nn.LayerNorm, nn.ModuleList, Conv1D)
         if not plain and type(module).__module__ != source:
-            raise _Refused(f"{name or 'it'} is a {type(module).__qualname__}, which no block of {family} should be")
+            raise Refused(f"{name or 'it'} is a {type(module).__qualname__}, which no block of {family} should be")
 
 
 def _check_owned(model: PreTrainedModel, block_name: str, block: nn.Module) -> None:
@@ -86,15 +88,15 @@ def _check_owned(model: PreTrainedModel, block_name: str, block: nn.Module) -> N
     for name, parameter in block.named_parameters():
         others = [user for user in users[id(parameter)] if user != f"{block_name}.{name}"]
         if others:
-            raise _Refused(f"{name} shares its weights with {others[0]}")
+            raise Refused(f"{name} shares its weights with {others[0]}")
         if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
-            raise _Refused(f"{name} is quantized ({parameter.dtype})")
+            raise Refused(f"{name} is quantized ({parameter.dtype})")
         if parameter.is_meta:
-            raise _Refused(f"{name} is not in memory")
+            raise Refused(f"{name} is not in memory")
 
 
 @dataclass(frozen=True)
-class _Finder:
+class Finder:
     """A block and its wiring."""
 
     name: str
@@ -109,13 +111,13 @@ class _Finder:
             known |= {norm.name, *norm.readers}
         for name, _ in self.block.named_parameters():
             if not any(name == place or name.startswith(f"{place}.") for place in known):
-                raise _Refused(f"what {name} is for is not known")
+                raise Refused(f"what {name} is for is not known")
 
     def module(self, name: str) -> nn.Module:
         try:
             return self.block.get_submodule(name)
         except AttributeError:
-            raise _Refused(f"there is no {name}") from None
+            raise Refused(f"there is no {name}") from None
 
     def layers(self, name: str) -> tuple[AnyLayer, ...]:
         """The layer of that name, or one for each expert."""
@@ -128,54 +130,66 @@ class _Finder:
         layer = self.module(name)
         weight = getattr(layer, "weight", None)
         if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
-            raise _Refused(f"{name} has no matrix of weights")
+            raise Refused(f"{name} has no matrix of weights")
         return (Layer(f"{self.name}.{name}", layer),)
 
     def layer(self, name: str) -> Layer:
         found = self.layers(name)[0]
         if not isinstance(found, Layer):
-            raise _Refused(f"{name} is no single layer")
+            raise Refused(f"{name} is no single layer")
         return found
+
+    def norm(self, name: str) -> MomentNorm:
+        """What a norm does, for second moments."""
+        module = self.module(name)
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if not isinstance(weight, nn.Parameter) or weight.dim() != 1:
+            raise Refused(f"{name} has no vector of weights")
+        return MomentNorm(
+            weight.detach().float() + self.wiring.offset,
+            bias.detach() if isinstance(bias, nn.Parameter) else None,
+            centred="LayerNorm" in type(module).__name__,
+        )
 
     def input_scale(self, norm: Norm) -> InputScale:
         module = self.module(norm.name)
         weight = getattr(module, "weight", None)
         if not isinstance(weight, nn.Parameter):
-            raise _Refused("it has no weights")
+            raise Refused("it has no weights")
         readers: list[AnyLayer] = []
         for name in norm.readers:
             readers.extend(layers := self.layers(name))
             if weight.dim() != 1 or any(layer.weight.shape[1] != len(weight) for layer in layers):
-                raise _Refused(f"its weights {tuple(weight.shape)} do not fit {name}")
+                raise Refused(f"its weights {tuple(weight.shape)} do not fit {name}")
         return InputScale(f"{self.name}.{norm.name}", module, self.wiring.offset, tuple(readers))
 
     def hidden_scales(self, mlp: Mlp) -> list[HiddenScale]:
         if mlp.gate is None:
             activation = self.module(mlp.activation)
             if type(activation) is not nn.ReLU:
-                raise _Refused(f"{type(activation).__name__} stands between them, with no gate, and is not homogeneous")
+                raise Refused(f"{type(activation).__name__} stands between them, with no gate, and is not homogeneous")
         ups, downs = self.layers(mlp.up), self.layers(mlp.down)
         if len(ups) != len(downs):
-            raise _Refused(f"there are {len(ups)} of the one and {len(downs)} of the other")
+            raise Refused(f"there are {len(ups)} of the one and {len(downs)} of the other")
         return [self._hidden_scale(mlp, up, down) for up, down in zip(ups, downs, strict=True)]
 
     def _hidden_scale(self, mlp: Mlp, up: AnyLayer, down: AnyLayer) -> HiddenScale:
         width, rows = down.weight.shape[1], len(up.weight)
         if rows != (2 * width if mlp.gate == "stacked" else width):
-            raise _Refused(f"the {rows} rows of the one do not fit the {width} columns of the other")
+            raise Refused(f"the {rows} rows of the one do not fit the {width} columns of the other")
         if not getattr(up.module, "is_concatenated", True):
-            raise _Refused("rows of gate and up alternate")
+            raise Refused("rows of gate and up alternate")
         return HiddenScale(up, torch.arange(rows - width, rows), down)
 
     def value_output(self, attention: Attention, heads: int, kv_heads: int) -> ValueOutput:
         """`heads`, `kv_heads`: what the config says, to be found in the widths again."""
         if attention.obstacle:
-            raise _Refused(attention.obstacle)
+            raise Refused(attention.obstacle)
         value, output = self.layer(attention.value), self.layer(attention.output)
         module = self.module(attention.output.rpartition(".")[0])
         r = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
         if not isinstance(r, int) or heads % kv_heads or output.weight.shape[1] != heads * r:
-            raise _Refused(f"{output.weight.shape[1]} columns of the latter are not {heads} heads of size {r}")
+            raise Refused(f"{output.weight.shape[1]} columns of the latter are not {heads} heads of size {r}")
         if attention.layout == "by head":
             expected, value_rows = 3 * heads * r, torch.arange(3 * heads * r).view(heads, 3, r)[:, 2]
             kv_heads = heads
@@ -184,5 +198,5 @@ class _Finder:
             expected = before + kv_heads * r
             value_rows = torch.arange(before, expected).view(kv_heads, r)
         if len(value.weight) != expected:
-            raise _Refused(f"{len(value.weight)} rows of the former are not {kv_heads} heads of size {r}")
+            raise Refused(f"{len(value.weight)} rows of the former are not {kv_heads} heads of size {r}")
         return ValueOutput(value, value_rows, output, torch.arange(heads * r).view(kv_heads, heads // kv_heads, r))

@@ -39,13 +39,15 @@ class Mlp:
 
     - `gate`: the activated gate that multiplies them comes from a layer "apart", or from the first half of the rows
       of `up`, "stacked".
-    - `activation`: without a gate, where the function is that is applied to them.
+    - `gate_layer`: the layer apart.
+    - `activation`: where the function is that is applied to the gate, or to the units themselves without one.
     """
 
     up: str
     down: str
     gate: Literal["apart", "stacked"] | None = None
-    activation: str = ""
+    gate_layer: str = ""
+    activation: str = "mlp.act_fn"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Wiring:
     - `others`: modules that hold parameters, are part of no fold, and spoil none. They may be absent.
     - `refused`: why there are no folds elsewhere, one sentence each.
     - `offset`: what the norms add to their weights.
+    - `after`: the norms of `others` that the outputs of attention and MLP pass on their way to the residual stream.
     """
 
     norms: tuple[Norm, ...]
@@ -64,6 +67,7 @@ class Wiring:
     others: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
     offset: float = 0.0
+    after: tuple[str, str] | None = None
 
 
 _ROTARY = "Q and K are no pair: positions rotate them before their product"
@@ -83,7 +87,7 @@ _QK_LAYERNORMS = ("self_attn.q_layernorm", "self_attn.k_layernorm")
 _LLAMA = Wiring(
     norms=(Norm("input_layernorm", _QKV), Norm("post_attention_layernorm", _GATE_UP)),
     attention=Attention("self_attn.v_proj", "self_attn.o_proj"),
-    mlp=Mlp("mlp.up_proj", "mlp.down_proj", gate="apart"),
+    mlp=Mlp("mlp.up_proj", "mlp.down_proj", gate="apart", gate_layer="mlp.gate_proj"),
     refused=(_ROTARY,),
 )
 _QWEN3 = replace(_LLAMA, others=_QK_NORMS, refused=(_NORMED,))
@@ -93,6 +97,7 @@ _GEMMA2 = replace(
     _GEMMA,
     norms=(Norm("input_layernorm", _QKV), Norm("pre_feedforward_layernorm", _GATE_UP)),
     others=_GEMMA2_POST_NORMS,
+    after=_GEMMA2_POST_NORMS,
     refused=(_ROTARY, *map(_post_norm, _GEMMA2_POST_NORMS)),
 )
 _GEMMA3 = replace(
@@ -104,6 +109,7 @@ _OLMO2 = replace(
     _LLAMA,
     norms=(),
     others=(*_QKV, *_GATE_UP, *_QK_NORMS, *_GEMMA2_POST_NORMS),
+    after=_GEMMA2_POST_NORMS,
     refused=(
         _NORMED,
         "self_attn and mlp take no scale: they read the residual stream, with no norm before them",
@@ -116,7 +122,7 @@ _PHI3 = Wiring(
         Norm("post_attention_layernorm", ("mlp.gate_up_proj",)),
     ),
     attention=Attention("self_attn.qkv_proj", "self_attn.o_proj", "stacked"),
-    mlp=Mlp("mlp.gate_up_proj", "mlp.down_proj", gate="stacked"),
+    mlp=Mlp("mlp.gate_up_proj", "mlp.down_proj", gate="stacked", activation="mlp.activation_fn"),
     refused=(_ROTARY,),
 )
 _GLM = replace(
@@ -125,7 +131,9 @@ _GLM = replace(
     mlp=_PHI3.mlp,
 )
 _GLM4_POST_NORMS = ("post_self_attn_layernorm", "post_mlp_layernorm")
-_GLM4 = replace(_GLM, others=_GLM4_POST_NORMS, refused=(_ROTARY, *map(_post_norm, _GLM4_POST_NORMS)))
+_GLM4 = replace(
+    _GLM, others=_GLM4_POST_NORMS, after=_GLM4_POST_NORMS, refused=(_ROTARY, *map(_post_norm, _GLM4_POST_NORMS))
+)
 _STARCODER2 = replace(
     _LLAMA,
     norms=(Norm("input_layernorm", _QKV), Norm("post_attention_layernorm", ("mlp.c_fc",))),
@@ -164,6 +172,7 @@ _OPT_350M = replace(
     _OPT,
     norms=(),
     others=(*_QKV, *_OPT_POST_NORMS),
+    after=_OPT_POST_NORMS,
     refused=(_UNUSED, *map(_post_norm, _OPT_POST_NORMS)),
 )
 _MIXTRAL = replace(
@@ -172,7 +181,7 @@ _MIXTRAL = replace(
         Norm("input_layernorm", _QKV),
         Norm("post_attention_layernorm", ("mlp.gate", "mlp.experts.gate_up_proj")),  # the router is mlp.gate
     ),
-    mlp=Mlp("mlp.experts.gate_up_proj", "mlp.experts.down_proj", gate="stacked"),
+    mlp=Mlp("mlp.experts.gate_up_proj", "mlp.experts.down_proj", gate="stacked", activation="mlp.experts.act_fn"),
 )
 _QWEN3_EXPERTS = replace(_MIXTRAL, others=_QK_NORMS, refused=(_NORMED,))
 

@@ -1,10 +1,15 @@
 """The loops that join the rooms."""
 
 from trimfit.pipelines.config import PruneConfig as PruneConfig
+from trimfit.pipelines.observer import Finished as Finished
 from trimfit.pipelines.observer import Observer as Observer
 from trimfit.pipelines.prune import prune as prune
 from trimfit.pipelines.prune_checkpoint import prune_checkpoint as prune_checkpoint
 from trimfit.pipelines.prune_checkpoint import save_pruned as save_pruned
+from trimfit.pipelines.quantize import quantize as quantize
+from trimfit.pipelines.quantize_config import QuantizeConfig as QuantizeConfig
+from trimfit.pipelines.quantize_records import QuantizedRecord as QuantizedRecord
+from trimfit.pipelines.quantize_records import QuantizeReport as QuantizeReport
 from trimfit.pipelines.records import LayerError as LayerError
 from trimfit.pipelines.records import LayerRecord as LayerRecord
 from trimfit.pipelines.records import PruneReport as PruneReport

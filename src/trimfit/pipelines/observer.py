@@ -2,7 +2,24 @@
 
 from typing import Protocol
 
-from trimfit.pipelines.records import LayerRecord
+
+class Finished(Protocol):
+    """What an observer learns of a layer, whichever pipeline it was in."""
+
+    @property
+    def name(self) -> str:
+        """Of the layer in the model."""
+        ...
+
+    @property
+    def block(self) -> int:
+        """Number of its block."""
+        ...
+
+    @property
+    def error(self) -> float:
+        """Relative error, the one that tells most."""
+        ...
 
 
 class Observer(Protocol):
@@ -12,7 +29,7 @@ class Observer(Protocol):
         """A new stage began."""
         ...
 
-    def layer(self, record: LayerRecord, done: float) -> None:
+    def layer(self, record: Finished, done: float) -> None:
         """A layer is finished; `done` is the share of all weights that are."""
         ...
 
@@ -23,5 +40,5 @@ class Silent:
     def stage(self, text: str) -> None:
         """Ignored."""
 
-    def layer(self, record: LayerRecord, done: float) -> None:
+    def layer(self, record: Finished, done: float) -> None:
         """Ignored."""

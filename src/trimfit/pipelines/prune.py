@@ -1,18 +1,17 @@
 """Prune in place: for each block, for each group of layers with the same input: Gram matrix, mask, refit."""
 
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimfit.calibration import check_ids, context_length, split_held_out
-from trimfit.errors import InputError
+from trimfit.calibration import split_held_out
 from trimfit.masks import SELECTORS, Selection, check_width
 from trimfit.models import Block, Group, Layer, Walker, check_causal, find_blocks, select_layers
+from trimfit.pipelines.checks import check_finite, check_tokens, naming
 from trimfit.pipelines.config import PruneConfig
 from trimfit.pipelines.layer_error import LayerErrorMeter
 from trimfit.pipelines.observer import Observer, Silent
@@ -88,7 +87,7 @@ def _prune_groups(walker: Walker, block: Block, groups: Sequence[Group], config:
     grams = {name: walker.grams(block, groups, name) for name in walker.windows}
     for group in groups:
         gram, *held_out = (grams[name].pop(0) for name in walker.windows)
-        with _naming(group.layers[0]):
+        with naming(group.layers[0]):
             inputs = _Inputs(FactoredGram(gram, config.damping), gram, held_out[0] if held_out else None)
         for layer in group.layers:
             yield _prune_layer(layer, block.index, inputs, config, walker.model.device)
@@ -97,7 +96,7 @@ def _prune_groups(walker: Walker, block: Block, groups: Sequence[Group], config:
 def _prune_layer(layer: Layer, block: int, inputs: _Inputs, config: PruneConfig, device: torch.device) -> LayerRecord:
     start = time.perf_counter()
     dense = layer.weight.float().clone(memory_format=torch.contiguous_format)  # GPT-2 keeps it transposed
-    with _naming(layer):
+    with naming(layer):
         selection = SELECTORS[config.selector].select(dense, inputs.factored, config.mask_pattern)
         weight, solution = _weights(dense, selection, inputs.factored, config)
     layer.write(weight)
@@ -138,29 +137,11 @@ def _masked(dense: Tensor, selection: Selection) -> Tensor:
     return torch.where(selection.mask, dense, 0.0)
 
 
-@contextmanager
-def _naming(layer: Layer) -> Generator[None]:
-    """Puts the layer's name in front of errors of the tensor rooms, which know no models."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{layer.name}: {error}") from error
-
-
 def _check(model: PreTrainedModel, tokens: Tensor, blocks: list[Block], config: PruneConfig) -> None:
     """Raises `InputError` for whatever can be seen to be wrong before anything changes."""
-    if tokens.dim() != 2 or tokens.numel() == 0:
-        raise InputError(f"tokens must be (windows, length) and not empty, but their shape is {tuple(tokens.shape)}")
-    if tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise InputError(f"token ids must be integers, but they are {tokens.dtype}")
-    check_ids(tokens, model.get_input_embeddings().get_parameter("weight").shape[0])
-    longest = context_length(model.config)
-    if longest is not None and tokens.shape[1] > longest:
-        raise InputError(f"the windows have {tokens.shape[1]} tokens, but the model's context is {longest}; cut them")
+    check_tokens(model, tokens)
     for layer in (layer for block in blocks for layer in block.layers):
-        with _naming(layer):
+        with naming(layer):
             check_width(config.mask_pattern, layer.weight.shape[1])
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise InputError(f"{name} has NaN or infinite entries: the checkpoint is damaged; nothing was changed")
+    check_finite(model)
     check_causal(model, tokens[0].long())

@@ -52,6 +52,11 @@ class LayerRecord(BaseModel):
     seconds: float
     peak_memory: int
 
+    @property
+    def error(self) -> float:
+        """Of the final weights on held-out tokens, or on those of calibration where none were held out."""
+        return self.final.calibration if self.final.held_out is None else self.final.held_out
+
 
 class PruneReport(BaseModel):
     """All that a prune run tells: its config and a record for each layer it changed."""

@@ -92,9 +92,14 @@ class Quantized:
     zero_point: Tensor
     grid: Grid
 
+    @property
+    def levels(self) -> Levels:
+        """Scale and zero point alone."""
+        return Levels(self.grid, self.scale, self.zero_point)
+
     def dequantize(self) -> Tensor:
         """(out, in) weights in the dtype of the scale."""
-        scale, zero = Levels(self.grid, self.scale, self.zero_point).columns(self.codes.shape[1])
+        scale, zero = self.levels.columns(self.codes.shape[1])
         return (self.codes.to(scale.dtype) - zero) * scale
 
 

@@ -13,6 +13,7 @@ log = logging.getLogger(__name__)
 _FIRST_RAISE = 1e-8  # relative to the mean diagonal: the damping tried first when none was asked for
 _LARGEST_DAMPING = 0.1  # a matrix that needs more has negative eigenvalues that rounding does not explain
 _LARGEST_SLACK = 0.5
+_SMALLEST_PIVOT = 100  # in units of rounding: below, what a factor says of its column is noise
 
 
 def widest(device: torch.device) -> torch.dtype:
@@ -111,6 +112,24 @@ class FactoredGram:
         while not gram.slack <= _LARGEST_SLACK:
             gram = FactoredGram(gram.raw, _raised(gram, "is singular to working precision"))
         return gram
+
+    @cached_property
+    def inverse_factor(self) -> Tensor:
+        """(n, n) upper triangular U with H⁻¹ = UᵀU, for the damped H in its own units.
+
+        For every j, U[j:, j:] is the same factor of the trailing inverse (H[j:, j:])⁻¹, so a sweep over the columns
+        never inverts again (SparseGPT, arXiv 2301.00774, Alg. 1). A matrix too close to singular for that is damped
+        more, and the reason logged.
+        """
+        # Factorised from the last column to the first, H = V Vᵀ with V upper triangular, and then U = V⁻¹. The factor
+        # of an explicit H⁻¹ is the same on paper, but fails earlier when H is badly conditioned.
+        reversed_factor, info = torch.linalg.cholesky_ex(self.matrix.flip(0, 1))
+        pivot = reversed_factor.diagonal().square().min()
+        if info.item() != 0 or not pivot > _SMALLEST_PIVOT * torch.finfo(pivot.dtype).eps:
+            return FactoredGram(self.raw, _raised(self, "is nearly singular")).inverse_factor
+        upper = reversed_factor.flip(0, 1)
+        identity = torch.eye(self.size, dtype=upper.dtype, device=upper.device)
+        return torch.linalg.solve_triangular(upper, identity, upper=True) * self.scale
 
     def energy(self, rows: Tensor) -> Tensor:
         """Σ_rows w H wᵀ with the undamped H, for rows of shape (m, n): the squared output norm per token."""

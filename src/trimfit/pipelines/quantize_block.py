@@ -1,0 +1,177 @@
+"""One block being quantized: its folded weights, and what has become of each layer."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trimfit.models import Block, Folds, Layer, ValueOutput
+from trimfit.pipelines.checks import naming
+from trimfit.pipelines.fold_block import fold_block, is_pruned
+from trimfit.pipelines.quantize_config import QuantizeConfig
+from trimfit.pipelines.quantize_records import QuantizedRecord
+from trimfit.pipelines.records import peak_memory
+from trimfit.quant import Quantized, place_levels
+from trimfit.quant.blocks import BlockTransform, best_transform, block_size
+from trimfit.quant.pair_rounding import Pair, round_pair
+from trimfit.quant.rounding import gram_error, round_to_gram
+from trimfit.refit import FactoredGram
+
+_KEPT_ZEROS = "a pruned layer takes no online transformation: mixing its inputs would fill its zeros"
+
+
+@dataclass
+class QuantizedLayer:
+    """What has become of a layer.
+
+    - `quantized`: of W T, where there is an online transformation T, else of W.
+    - `gram`: (in, in) of its inputs before any T, or None.
+    """
+
+    quantized: Quantized
+    transform: BlockTransform | None
+    gram: Tensor | None
+    seconds: float
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in) what the layer multiplies its inputs by, transformation included."""
+        weight = self.quantized.dequantize()
+        return weight if self.transform is None else self.transform.backward(weight.float())
+
+
+@dataclass
+class BlockWork:
+    """Float32 copies of a block's weights, folded, and the layers quantized so far.
+
+    Making one folds transformations into the norms and biases of the model, as far as the config wants them.
+    """
+
+    block: Block
+    folds: Folds
+    config: QuantizeConfig
+    weights: dict[str, Tensor] = field(init=False)
+    layers: dict[str, QuantizedLayer] = field(init=False, default_factory=dict[str, QuantizedLayer])
+    left_out: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._by_name = {layer.name: layer for layer in self.block.layers}
+        self.weights = {
+            name: layer.weight.to(torch.float32, copy=True).contiguous() for name, layer in self._by_name.items()
+        }
+        self._dtypes = {name: layer.weight.dtype for name, layer in self._by_name.items()}
+        self._pruned = {name: is_pruned(weight) for name, weight in self.weights.items()}
+        self._folded, left_out = fold_block(self.folds, self.weights, self.config)
+        self.left_out = [] if self.config.transform == "none" else [*self.folds.refused, *left_out]
+
+    def groups(self) -> Iterator[tuple[Layer, ...]]:
+        """Layers that read one norm, and then each of the others: all that can be told without a forward pass."""
+        seen: set[str] = set()
+        for layer in self.block.layers:
+            if layer.name in seen:
+                continue
+            readers = next((s.readers for s in self.folds.inputs if layer.name in s.readers), (layer.name,))
+            seen.update(readers)
+            yield tuple(self._by_name[name] for name in readers if name in self._by_name)
+
+    def quantize(self, layers: Sequence[Layer], gram: Tensor | None, *, data: bool) -> None:
+        """Quantizes layers that share their input, with the Gram matrix (in, in) of that input if there is one.
+
+        `data` says whether it is one of calibration windows. Moments that weights tell serve rounding, but a
+        transformation is better chosen without them: they hide directions that data does use (docs/quantization.md).
+        """
+        damping = self.config.damping_for(data=data)
+        start = time.perf_counter()
+        transform = self._find_transform(layers, gram if data else None)
+        factored = None
+        if self.config.rounding == "alternating" and (gram is not None or transform is not None):
+            plain = torch.eye(layers[0].weight.shape[1], device=layers[0].weight.device) if gram is None else gram
+            factored = FactoredGram(
+                _damped(plain, damping) if transform is None else transform.gram(_damped(plain, damping))
+            )
+        for layer in layers:
+            weight = self.weights[layer.name]
+            weight = weight if transform is None else transform.forward(weight)
+            grid = self.config.grid.fitted(weight.shape[1])
+            dtype = self._dtypes[layer.name]
+            with naming(layer):
+                if factored is None:
+                    quantized = place_levels(weight, grid, dtype=dtype).nearest(weight)
+                else:
+                    kept = weight != 0 if self._pruned[layer.name] else None
+                    quantized = round_to_gram(weight, grid, factored, dtype=dtype, kept=kept)
+            seconds = time.perf_counter() - start
+            self.layers[layer.name] = QuantizedLayer(quantized, transform, gram, seconds)
+            start = time.perf_counter()
+
+    def round_pairs(self) -> None:
+        """Rounds V and O of each pair in turns, against each other; kept where their product gets nearer."""
+        for pair in self.folds.pairs:
+            names = pair.value_layer.name, pair.output_layer.name
+            if not set(names) <= self.layers.keys() or any(self.layers[name].transform for name in names):
+                continue
+            self._round_pair(pair, *names)
+
+    def _round_pair(self, pair: ValueOutput, value: str, output: str) -> None:
+        start = time.perf_counter()
+        first, second = self.layers[value], self.layers[output]
+        rounded = round_pair(
+            Pair(self.weights[value], self.weights[output], pair.value_rows, pair.output_columns),
+            (first.quantized.levels, second.quantized.levels),
+            input_gram=first.gram,
+            start=(first.quantized, second.quantized),
+            keep_zeros=self._pruned[value] or self._pruned[output],
+        )
+        first.quantized, second.quantized = rounded.value, rounded.output
+        second.seconds += time.perf_counter() - start
+
+    def _find_transform(self, layers: Sequence[Layer], gram: Tensor | None) -> BlockTransform | None:
+        if self.config.transform != "online":
+            return None
+        if any(self._pruned[layer.name] for layer in layers):
+            if _KEPT_ZEROS not in self.left_out:
+                self.left_out.append(_KEPT_ZEROS)
+            return None
+        weights = [self.weights[layer.name] for layer in layers]
+        width = weights[0].shape[1]
+        size = block_size(width, self.config.block_size)
+        return best_transform(weights, self.config.grid.fitted(width), size, gram)
+
+    def record(self, name: str, device: torch.device) -> QuantizedRecord:
+        """What is known of a finished layer."""
+        done, exact = self.layers[name], self.weights[name]
+        weight = done.weight.float()
+        grid = done.quantized.grid
+        rows, width = exact.shape
+        zeros = (weight == 0).float().mean().item()
+        applied = [*self._folded[name], *([] if done.transform is None else [f"online {done.transform.name}"])]
+        return QuantizedRecord(
+            name=name,
+            block=self.block.index,
+            shape=(rows, width),
+            group_size=grid.group_size,
+            bits_per_weight=_bits(done.quantized),
+            transform=", ".join(applied),
+            zeros=zeros,
+            pruned=self._pruned[name],
+            weight_error=((weight - exact).square().sum() / exact.square().sum().clamp(min=1e-30)).item(),
+            output_error=None if done.gram is None else gram_error(weight, exact, done.gram),
+            seconds=done.seconds,
+            peak_memory=peak_memory(device),
+        )
+
+
+def _damped(gram: Tensor, damping: float) -> Tensor:
+    """Damped before it is transformed: the prior, white noise, is one about the inputs as they are."""
+    gram = gram.to(torch.float32, copy=True)
+    gram.diagonal().add_(damping * gram.diagonal().mean())
+    return gram
+
+
+def _bits(quantized: Quantized) -> float:
+    """Bits for each weight with scales and zero points; online transformations are counted by the group, elsewhere."""
+    grid = quantized.grid
+    extra = quantized.scale.element_size() * 8 + (0 if grid.symmetric else grid.bits)
+    return grid.bits + extra * quantized.scale.numel() / quantized.codes.numel()

@@ -1,0 +1,61 @@
+"""Gram matrices of a model's layers as its weights alone tell them: no data, no forward pass."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trimfit.models import Flow, rows_of
+from trimfit.quant.moments import Norm, ResidualStream, attention_moment, mlp_moment
+
+
+class WeightMoments:
+    """Follows the second moment of the hidden states from block to block.
+
+    - `size`: of the hidden states.
+    - `embedding`: (tokens, size) weights, for the size of what enters the first block.
+    """
+
+    def __init__(self, size: int, embedding: Tensor):
+        mean_square = embedding.detach().float().square().mean().item()
+        self._stream = ResidualStream(size, mean_square or 1.0, embedding.device)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "WeightMoments":
+        """For a model in memory."""
+        embedding = model.get_input_embeddings().get_parameter("weight")
+        return cls(model.config.get_text_config(decoder=True).hidden_size, embedding)
+
+    def grams(self, flow: Flow, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """(in, in) for the inputs of V, O, up and down of a block, by the layer's name; moves on to the next block.
+
+        `weights` are (out, in) by name as they now are; layers that are not in it are as in the model.
+        """
+        stream, hidden, pair = self._stream, flow.hidden, flow.attention
+        attention_input = _normed(stream.moment, flow.attention_norm)
+        value = weights.get(pair.value_layer.name, pair.value_layer.weight)
+        output = weights.get(pair.output_layer.name, pair.output_layer.weight)
+        heads = attention_moment(attention_input, value[pair.value_rows], pair.bias(), pair.output_columns)
+        stream.add(output, heads, flow.after_attention)
+        mlp_input = _normed(stream.moment, flow.mlp_norm)
+        up, up_bias = rows_of(hidden.up, hidden.up_rows)
+        if hidden.up.name in weights:
+            up = weights[hidden.up.name][hidden.up_rows]
+        gate = gate_bias = None
+        if hidden.gate is not None:
+            gate, gate_bias = rows_of(hidden.gate, hidden.gate_rows)
+            if hidden.gate.name in weights:
+                gate = weights[hidden.gate.name][hidden.gate_rows]
+        units = mlp_moment(mlp_input, up, up_bias, gate, gate_bias, hidden.activation)
+        down = weights.get(hidden.down.name, hidden.down.weight)
+        stream.add(down, units, flow.after_mlp)
+        return {
+            pair.value_layer.name: attention_input,
+            pair.output_layer.name: heads,
+            hidden.up.name: mlp_input,
+            hidden.down.name: units,
+        }
+
+
+def _normed(moment: Tensor, norm: Norm | None) -> Tensor:
+    return moment if norm is None else norm.moment(moment)

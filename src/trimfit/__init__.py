@@ -14,7 +14,16 @@ if TYPE_CHECKING:
     from trimfit.calibration import CalibrationConfig
     from trimfit.checkpoints import load_checkpoint
     from trimfit.evaluate import Score, perplexity, score_text
-    from trimfit.pipelines import PruneConfig, PruneReport, prune, prune_checkpoint
+    from trimfit.pipelines import (
+        PruneConfig,
+        PruneReport,
+        QuantizeConfig,
+        QuantizeReport,
+        prune,
+        prune_checkpoint,
+        quantize,
+        quantize_checkpoint,
+    )
     from trimfit.refit import (
         Auto,
         Certificate,
@@ -35,6 +44,8 @@ _HOME = {
     "FactoredGram": "trimfit.refit",
     "PruneConfig": "trimfit.pipelines",
     "PruneReport": "trimfit.pipelines",
+    "QuantizeConfig": "trimfit.pipelines",
+    "QuantizeReport": "trimfit.pipelines",
     "RefitSolution": "trimfit.refit",
     "Score": "trimfit.evaluate",
     "Status": "trimfit.refit",
@@ -42,6 +53,8 @@ _HOME = {
     "perplexity": "trimfit.evaluate",
     "prune": "trimfit.pipelines",
     "prune_checkpoint": "trimfit.pipelines",
+    "quantize": "trimfit.pipelines",
+    "quantize_checkpoint": "trimfit.pipelines",
     "score_text": "trimfit.evaluate",
 }
 
@@ -55,6 +68,8 @@ __all__ = [
     "InputError",
     "PruneConfig",
     "PruneReport",
+    "QuantizeConfig",
+    "QuantizeReport",
     "RefitSolution",
     "RunError",
     "Score",
@@ -64,6 +79,8 @@ __all__ = [
     "perplexity",
     "prune",
     "prune_checkpoint",
+    "quantize",
+    "quantize_checkpoint",
     "refit",
     "score_text",
 ]

@@ -286,7 +286,7 @@ def _blocks(name: str, quantized: Quantized, grid: Grid, shape: torch.Size, orde
     half = scale.to(torch.float16)
     if not torch.equal(half.to(scale.dtype), scale):
         raise InputError(
-            f"the scales of {name} are not exact in float16, in which a GGUF file holds them: place its levels in float16"
+            f"the scales of {name} are not exact in float16, in which a GGUF file holds them; place levels in float16"
         )
     if order is not None:
         codes, half = codes[order], half[order]

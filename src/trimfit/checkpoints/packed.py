@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from trimfit.checkpoints.shard_writer import ShardWriter
 from trimfit.checkpoints.shards import shard_files
 from trimfit.errors import InputError, RunError
 from trimfit.quant.grid import Grid, Quantized
+
+ONLINE = "trimfit"  # method, and stem of the files, of checkpoints with online transformations
 
 _ROWS = 64  # packed at a time: the library needs many bytes for each weight while it packs
 
@@ -110,7 +113,47 @@ def plain_tensors(model: PreTrainedModel, layers: Collection[str], prefix: str =
     }
 
 
-def finish_packed(model: PreTrainedModel, layers: Mapping[str, Grid], directory: Path) -> None:
+class PackedWriter:
+    """Writes the layers of a model as they are quantized, and then everything else.
+
+    A layer may come with an online transformation T: its packed weight is W T, and T⁻¹ (k, b, b), which its inputs go
+    through, is stored once for all layers that share it. The format knows no such thing, and loading without it would
+    give a wrong model, so the files then have a name of their own that only `trimfit.load` looks for.
+
+    - `model`: whose plain weights are written as they are when `finish` is called.
+    - `online`: whether there may be transformations.
+    """
+
+    def __init__(self, model: PreTrainedModel, directory: Path, *, online: bool = False) -> None:
+        self._model, self._directory = model, directory
+        self._stem = ONLINE if online else "model"
+        self._writer = ShardWriter(directory, stem=self._stem)
+        self._grids: dict[str, Grid] = {}
+        self._transforms: dict[str, str] = {}  # name of the tensor, by the layer's
+        self._stored: dict[int, str] = {}
+
+    def add(self, name: str, quantized: Quantized, inverse: Tensor | None = None) -> None:
+        """Takes one layer, with T⁻¹ if it has a transformation. Tensors must not change before `finish`."""
+        self._grids[name] = quantized.grid
+        self._writer.add(packed_tensors(name, quantized))
+        if inverse is None:
+            return
+        if id(inverse) not in self._stored:
+            self._stored[id(inverse)] = f"{name}.input_transform"
+            self._writer.add({f"{name}.input_transform": inverse})
+        self._transforms[name] = self._stored[id(inverse)]
+
+    def finish(self) -> None:
+        """Writes what is left and the configs, and reads all back; `RunError` if anything is not as it should be."""
+        self._writer.add(plain_tensors(self._model, self._grids))
+        self._writer.finish()
+        finish_packed(self._model, self._grids, self._directory, self._transforms)
+        _verify(self._model, self._grids, self._transforms, shard_files(self._directory, self._stem))
+
+
+def finish_packed(
+    model: PreTrainedModel, layers: Mapping[str, Grid], directory: Path, transforms: Mapping[str, str] | None = None
+) -> None:
     """Writes config and generation config beside the weights in `directory`, and checks that the weights are all there.
 
     `model` tells names, shapes and dtypes; its weights may be on the meta device. It is not changed. Raises
@@ -118,10 +161,14 @@ def finish_packed(model: PreTrainedModel, layers: Mapping[str, Grid], directory:
     the dtype of the model, in which they would be loaded.
     """
     check_packable(model, layers)
-    _check_written(model, layers, directory)
+    transforms = transforms or {}
+    _check_written(model, layers, transforms, shard_files(directory, ONLINE if transforms else "model"))
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     config = copy.deepcopy(model.config)
-    config.quantization_config = quantization_config(layers, [name for name in linear if name not in layers])
+    packed = quantization_config(layers, [name for name in linear if name not in layers])
+    config.quantization_config = (
+        {"quant_method": ONLINE, "packed": packed, "transforms": dict(transforms)} if transforms else packed
+    )
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype
     config.save_pretrained(directory)
@@ -156,13 +203,15 @@ def _tied(model: PreTrainedModel) -> set[str]:
     return {name for name, source in pairs if model.get_parameter(name) is model.get_parameter(source)}
 
 
-def _check_written(model: PreTrainedModel, layers: Mapping[str, Grid], directory: Path) -> None:
-    expected = set(plain_tensors(model, layers))
+def _check_written(
+    model: PreTrainedModel, layers: Mapping[str, Grid], transforms: Mapping[str, str], shards: Sequence[Path]
+) -> None:
+    expected = set(plain_tensors(model, layers)) | set(transforms.values())
     for name, grid in layers.items():
         parts = ("packed", "scale", "shape") if grid.symmetric else ("packed", "scale", "shape", "zero_point")
         expected |= {f"{name}.weight_{part}" for part in parts}
     written: set[str] = set()
-    for shard in shard_files(directory):
+    for shard in shards:
         with safe_open(shard, framework="pt") as file:
             names = set(file.keys())
             scales = {name: file.get_slice(name)[:0].dtype for name in names if name.endswith(".weight_scale")}
@@ -174,3 +223,17 @@ def _check_written(model: PreTrainedModel, layers: Mapping[str, Grid], directory
     if wrong:
         what = "unknown to" if wrong[0] in written else "missing from"
         raise RunError(f"{wrong[0]} is {what} the quantized checkpoint; nothing was kept, please report this")
+
+
+def _verify(
+    model: PreTrainedModel, layers: Mapping[str, Grid], transforms: Mapping[str, str], shards: Sequence[Path]
+) -> None:
+    """Reads every packed layer again: without a transformation its levels must be the model's own weights."""
+    for shard in shards:
+        with safe_open(shard, framework="pt") as file:
+            for name in (key.removesuffix(".weight_packed") for key in set(file.keys()) if key.endswith("_packed")):
+                parts = [part for part in set(file.keys()) if part.rpartition(".")[0] == name]
+                levels = unpack(name, {part: file.get_tensor(part) for part in parts}, layers[name]).dequantize()
+                expected = model.get_submodule(name).get_parameter("weight").detach().cpu()
+                if name not in transforms and not torch.equal(levels.to(expected.dtype), expected):
+                    raise RunError(f"{name} is not the same after packing; nothing was kept, please report this")

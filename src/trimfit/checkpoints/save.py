@@ -35,8 +35,14 @@ def save_checkpoint(
         _check_space(checkpoint, beside)
         _save_model(checkpoint, beside)
         checkpoint.tokenizer.save_pretrained(beside)
-        (beside / SIDECAR).write_text(json.dumps(sidecar, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_sidecar(beside, sidecar)
         _verify(checkpoint, beside, sparsity)
+
+
+def write_sidecar(directory: Path, sidecar: Mapping[str, Any]) -> None:
+    """Writes `trimfit.json`."""
+    text = json.dumps(sidecar, indent=1, allow_nan=False) + "\n"
+    (directory / SIDECAR).write_text(text, encoding="utf-8")
 
 
 def _save_model(checkpoint: Checkpoint, directory: Path) -> None:

@@ -7,8 +7,6 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trimfit.checkpoints.shards import INDEX, SINGLE
-
 SHARD_BYTES = 4 * 2**30
 
 
@@ -16,11 +14,13 @@ class ShardWriter:
     """Writes `model.safetensors`, or `model-0000i-of-0000N.safetensors` and their index.
 
     - `directory`: there already, without weights. Until `finish` the files in it have other names.
+    - `stem`: what the files are called; transformers loads those called "model".
     - `shard_bytes`: of tensors, the most that a file holds; a tensor larger than that has a file of its own.
     """
 
-    def __init__(self, directory: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(self, directory: Path, shard_bytes: int = SHARD_BYTES, stem: str = "model") -> None:
         self._directory = directory
+        self._stem = stem
         self._shard_bytes = shard_bytes
         self._waiting: dict[str, Tensor] = {}
         self._waiting_bytes = 0
@@ -47,9 +47,9 @@ class ShardWriter:
         """Writes what is left and gives all files their names, which only now can tell how many there are."""
         self._write()
         if self._shards == 1:
-            self._part(1).rename(self._directory / SINGLE)
+            self._part(1).rename(self._directory / f"{self._stem}.safetensors")
             return
-        files = {i: f"model-{i:05d}-of-{self._shards:05d}.safetensors" for i in range(1, self._shards + 1)}
+        files = {i: f"{self._stem}-{i:05d}-of-{self._shards:05d}.safetensors" for i in range(1, self._shards + 1)}
         for i, file in files.items():
             self._part(i).rename(self._directory / file)
         index = {
@@ -57,7 +57,7 @@ class ShardWriter:
             "weight_map": {name: files[i] for name, i in self._shard_of.items()},
         }
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (self._directory / INDEX).write_text(text, encoding="utf-8")
+        (self._directory / f"{self._stem}.safetensors.index.json").write_text(text, encoding="utf-8")
 
     def _write(self) -> None:
         if not self._waiting:
@@ -69,4 +69,4 @@ class ShardWriter:
         self._waiting_bytes = 0
 
     def _part(self, number: int) -> Path:
-        return self._directory / f"model-{number:05d}.part"
+        return self._directory / f"{self._stem}-{number:05d}.part"

@@ -15,9 +15,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
-def shard_map(directory: Path) -> dict[str, str]:
+def shard_map(directory: Path, stem: str = "model") -> dict[str, str]:
     """Which file holds which weight, by its name; {} for weights that are not split. `InputError` if damaged."""
-    index = directory / INDEX
+    index = directory / f"{stem}.safetensors.index.json"
     if not index.is_file():
         return {}
     try:
@@ -26,12 +26,12 @@ def shard_map(directory: Path) -> dict[str, str]:
         raise InputError(f"{index} is damaged: download the model again") from None
 
 
-def shard_files(directory: Path) -> list[Path]:
+def shard_files(directory: Path, stem: str = "model") -> list[Path]:
     """The safetensors files of a checkpoint, [] when it has none."""
-    shards = shard_map(directory)
+    shards = shard_map(directory, stem)
     if shards:
         return [directory / name for name in sorted(set(shards.values()))]
-    single = directory / SINGLE
+    single = directory / f"{stem}.safetensors"
     return [single] if single.is_file() else []
 
 

@@ -107,6 +107,91 @@ def prune(
     show.prune(report, calibration, output, as_json=json)
 
 
+def quantize(
+    model: _Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write; must not exist.")],
+    bits: Annotated[int, typer.Option(help="2 to 8.")] = 4,
+    group_size: Annotated[str, typer.Option(help="Inputs that share a scale: 128, 64, 32, … or channel.")] = "128",
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="No zero points.")] = False,
+    transform: Annotated[
+        str,
+        typer.Option(
+            help="none; pairs (V/O); free (pairs and column balance, no cost at inference); online (block-diagonal, run by "
+            "trimfit.load only); paper (V/O by gradients)."
+        ),
+    ] = "free",
+    rounding: Annotated[
+        str, typer.Option(help="alternating (error feedback; V and O in turns) or nearest.")
+    ] = "alternating",
+    block_size: Annotated[int, typer.Option(help="Of online transformations, at most 128.")] = 64,
+    damping: Annotated[
+        float | None, typer.Option(help="λ in H + λ·mean(diag H)·I. [default: 0.01 with calibration, 0.5 without]")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Layers to leave as they are: glob, or re:REGEX. Repeatable.")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="self (text that MODEL writes itself), text file, .jsonl, .npy/.safetensors of ids, hub data set, or "
+            " 'demo'. [default: no data, no forward pass]"
+        ),
+    ] = None,
+    field: Annotated[str, typer.Option(help="Field with the text in .jsonl or a data set.")] = "text",
+    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens in a window. [default: the model's context, at most 2048]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Windows in one forward pass.")] = 8,
+    format: Annotated[
+        str, typer.Option(help="packed (compressed-tensors, for transformers and vLLM), dense, or gguf.")
+    ] = "packed",
+    device: _Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    json: _Json = False,
+) -> None:
+    """Quantize MODEL's weights; asks for no data unless --calibration is given."""
+    from trimfit.calibration import CalibrationConfig
+    from trimfit.checkpoints import resolve_device
+    from trimfit.cli import show
+    from trimfit.pipelines import QuantizeConfig, check_format, quantize_checkpoint
+
+    asked: dict[str, Any] = {
+        "bits": bits,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "transform": transform,
+        "rounding": rounding,
+        "block_size": block_size,
+        "damping": damping,
+        "ignore": tuple(ignore or ()),
+        "batch_size": batch_size,
+    }
+    config = QuantizeConfig.model_validate(asked)
+    checked = check_format(format, config)
+    windows = None
+    if calibration is not None:
+        windows = CalibrationConfig(
+            source=calibration, field=field, split=split, samples=samples, sequence_length=sequence_length, seed=seed
+        )
+    output = output.expanduser()
+    show.quiet_libraries()
+    with show.progress(quiet=json) as observer:
+        report = quantize_checkpoint(
+            _source(model),
+            output,
+            config,
+            windows,
+            format=checked,
+            device=resolve_device(device),
+            overwrite=overwrite,
+            observer=observer,
+        )
+    show.quantize(report, calibration, checked, output, as_json=json)
+
+
 def evaluate(
     model: _Model,
     text: Annotated[str, typer.Option(help="Text file, .jsonl, hub data set, or 'demo'.")],

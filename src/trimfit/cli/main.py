@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.command("demo")(commands.demo)
 app.command("prune")(commands.prune)
+app.command("quantize")(commands.quantize)
 app.command("eval")(commands.evaluate)
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from trimfit.demo.run import PROMPT, DemoRow
 from trimfit.evaluate import Score
-from trimfit.pipelines import Finished, Observer, PruneReport
+from trimfit.pipelines import Finished, Observer, PruneReport, QuantizeReport
 
 
 def quiet_libraries() -> None:
@@ -98,6 +98,42 @@ def prune(report: PruneReport, calibration: str, out: Path, *, as_json: bool) ->
     console.print(
         f"written to {out} (plain transformers loads it; records in {out}/trimfit.json)", soft_wrap=True, markup=False
     )
+
+
+def quantize(report: QuantizeReport, calibration: str | None, form: str, out: Path, *, as_json: bool) -> None:
+    """Summary of a quantization."""
+    if as_json:
+        _print_json({"output": str(out), "file_format": form, **report.model_dump()})
+        return
+    config = report.config
+    console = Console(markup=False, highlight=False)
+    group = "one group a row" if config.group_size is None else f"groups of {config.group_size}"
+    symmetry = "symmetric" if config.symmetric else "asymmetric"
+    console.print(
+        f"{len(report.layers)} layers quantized to {config.bits} bits ({group}, {symmetry}; "
+        f"{report.bits_per_weight:.2f} bits a weight with scales), transform {config.transform}, rounding {config.rounding}"
+    )
+    if calibration is None:
+        console.print("no data was asked for or read, and no forward pass was run")
+    else:
+        console.print(f"{report.windows * report.window_length:,} calibration tokens ({calibration})")
+    console.print(f"mean weight error {report.weight_error:.4f} (squared, relative)")
+    if report.online_multiply_adds:
+        console.print(f"online transformations add {report.online_multiply_adds:.1%} to the layers' multiply-adds")
+    for reason in report.refused:
+        console.print(f"left out: {reason}", soft_wrap=True)
+    pruned = [record for record in report.layers if record.pruned]
+    if pruned:
+        zeros = sum(record.zeros for record in pruned) / len(pruned)
+        console.print(f"{len(pruned)} layers were pruned; their zeros stay, {zeros:.2%} on average")
+    console.print(f"{report.seconds:.1f} s, peak memory {report.peak_memory / 2**20:.0f} MiB")
+    loads = {
+        "gguf": "llama.cpp",
+        "dense": "plain transformers",
+        "packed": "transformers with compressed-tensors",
+    }
+    reader = "trimfit.load" if form == "packed" and report.online_multiply_adds else loads[form]
+    console.print(f"written to {out} ({reader} loads it; records in {out}/trimfit.json)", soft_wrap=True)
 
 
 def score(result: Score, text: str, *, as_json: bool) -> None:

@@ -1,6 +1,5 @@
 """From a checkpoint on disk to a pruned checkpoint on disk."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,9 @@ from trimfit.pipelines.config import PruneConfig
 from trimfit.pipelines.observer import Observer, Silent
 from trimfit.pipelines.prune import prune
 from trimfit.pipelines.records import PruneReport
+from trimfit.pipelines.windows import SAMPLED, digest, draw_windows
 
 FORMAT = 1  # of trimfit.json
-SAMPLED = "calibration.npy"  # not .safetensors: vLLM reads every such file of a directory as weights
-
-# Windows written together for each window of a whole forward pass: a step takes one token of each.
-_WRITTEN_AT_ONCE = 4
 
 
 def prune_checkpoint(
@@ -47,16 +43,13 @@ def prune_checkpoint(
     """
     observer = observer or Silent()
     if overwrite:
-        _check_source_stays(source, out)
+        check_source_stays(source, out)
     check_output(out, overwrite)
     observer.stage(f"loading {source}")
     checkpoint = load_checkpoint(source, device)
-    model, tokenizer = checkpoint.model, checkpoint.tokenizer
-    observer.stage(f"calibration windows from {calibration.source}")
-    sample = calibration.self_sample(tokenizer, model, batch_size=_WRITTEN_AT_ONCE * config.batch_size)
-    windows = sample.windows if sample else calibration.windows(tokenizer, model)
-    model_fingerprint = fingerprint(model)
-    report = prune(model, windows, config, observer=observer)
+    windows, sample = draw_windows(checkpoint, calibration, config.batch_size, observer)
+    model_fingerprint = fingerprint(checkpoint.model)
+    report = prune(checkpoint.model, windows, config, observer=observer)
     observer.stage(f"writing {out}")
     save_pruned(checkpoint, out, report, calibration, windows, model_fingerprint, sample=sample, overwrite=overwrite)
     return report
@@ -85,7 +78,7 @@ def save_pruned(
         "device": str(checkpoint.model.device),
         "fingerprints": {
             "model": model_fingerprint,
-            "tokens": hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest(),
+            "tokens": digest(windows),
         },
         "self_sample": sample.record() if sample else None,
         **report.model_dump(),
@@ -99,7 +92,7 @@ def save_pruned(
         sample.save(beside / SAMPLED, calibration.seed)
 
 
-def _check_source_stays(source: str, out: Path) -> None:
+def check_source_stays(source: str, out: Path) -> None:
     """`out` replaces all that lies there: never the model itself, or a folder around it."""
     model = Path(source).expanduser().resolve()
     if model.is_dir() and model.is_relative_to(out.resolve()):

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,6 +28,7 @@ def quantize(
     *,
     observer: Observer | None = None,
     sink: Sink | None = None,
+    scale_dtype: torch.dtype | None = None,
 ) -> QuantizeReport:
     """Quantizes the linear layers of a causal LM's decoder blocks in place. Embeddings and head stay as they are.
 
@@ -39,6 +41,7 @@ def quantize(
     - `tokens`: (N, L) int64 calibration windows, for Gram matrices of data; None uses no data and runs no forward pass.
     - `observer`: told of each finished layer.
     - `sink`: given the name, codes and online transformation of each layer as soon as they are final.
+    - `scale_dtype`: in which scales must be exact, beside the model's own.
 
     **Returns** a `QuantizeReport`. Raises `InputError` before anything changes when the arguments do not fit together.
     """
@@ -47,14 +50,14 @@ def quantize(
     blocks = select_layers(model, find_blocks(model), config.ignore)
     check_finite(model)
     if tokens is None:
-        run = QuantizeRun(model, config, blocks, observer, sink)
+        run = QuantizeRun(model, config, blocks, observer, sink, scale_dtype)
         moments = WeightMoments.of(model)
         for block in blocks:
             run.without_data(block, moments)
         return run.report()
     check_tokens(model, tokens)
     check_causal(model, tokens[0].long())
-    run = QuantizeRun(model, config, blocks, observer, sink)
+    run = QuantizeRun(model, config, blocks, observer, sink, scale_dtype)
     observer.stage("reading the calibration windows")
     walker = Walker(model, blocks, {"fit": tokens}, config.batch_size)
     for block in walker:
@@ -72,9 +75,10 @@ class QuantizeRun:
         blocks: Sequence[Block],
         observer: Observer,
         sink: Sink | None,
+        scale_dtype: torch.dtype | None,
     ):
         self._model, self._config, self._blocks = model, config, blocks
-        self._observer, self._sink = observer, sink
+        self._observer, self._sink, self._scale_dtype = observer, sink, scale_dtype
         self._start = time.perf_counter()
         self._total = sum(layer.weight.numel() for block in blocks for layer in block.layers)
         self._done = 0
@@ -121,7 +125,7 @@ class QuantizeRun:
 
     def _begin(self, block: Block) -> BlockWork:
         self._observer.stage(f"block {block.index + 1} of {len(self._blocks)}")
-        return BlockWork(block, find_folds(self._model, block.name), self._config)
+        return BlockWork(block, find_folds(self._model, block.name), self._config, self._scale_dtype)
 
     def _finish(self, work: BlockWork) -> None:
         self._refused |= dict.fromkeys(work.left_out)

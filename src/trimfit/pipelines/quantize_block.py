@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -46,12 +46,15 @@ class QuantizedLayer:
 class BlockWork:
     """Float32 copies of a block's weights, folded, and the layers quantized so far.
 
+    - `scale_dtype`: in which scales must be exact; the model's where None.
+
     Making one folds transformations into the norms and biases of the model, as far as the config wants them.
     """
 
     block: Block
     folds: Folds
     config: QuantizeConfig
+    scale_dtype: torch.dtype | None = None
     weights: dict[str, Tensor] = field(init=False)
     layers: dict[str, QuantizedLayer] = field(init=False, default_factory=dict[str, QuantizedLayer])
     left_out: list[str] = field(init=False)
@@ -95,7 +98,7 @@ class BlockWork:
             weight = self.weights[layer.name]
             weight = weight if transform is None else transform.forward(weight)
             grid = self.config.grid.fitted(weight.shape[1])
-            dtype = self._dtypes[layer.name]
+            dtype = self._dtypes[layer.name] if self.scale_dtype is None else self.scale_dtype
             with naming(layer):
                 if factored is None:
                     quantized = place_levels(weight, grid, dtype=dtype).nearest(weight)
@@ -103,11 +106,15 @@ class BlockWork:
                     kept = weight != 0 if self._pruned[layer.name] else None
                     quantized = round_to_gram(weight, grid, factored, dtype=dtype, kept=kept)
             seconds = time.perf_counter() - start
+            quantized = replace(quantized, scale=quantized.scale.to(self._dtypes[layer.name]))
             self.layers[layer.name] = QuantizedLayer(quantized, transform, gram, seconds)
             start = time.perf_counter()
 
     def round_pairs(self) -> None:
-        """Rounds V and O of each pair in turns, against each other; kept where their product gets nearer."""
+        """Rounds V and O of each pair in turns, against each other; kept where their product gets nearer.
+
+        Only without data: inputs of O that were seen tell more than the product does.
+        """
         for pair in self.folds.pairs:
             names = pair.value_layer.name, pair.output_layer.name
             if not set(names) <= self.layers.keys() or any(self.layers[name].transform for name in names):
@@ -119,9 +126,8 @@ class BlockWork:
         first, second = self.layers[value], self.layers[output]
         rounded = round_pair(
             Pair(self.weights[value], self.weights[output], pair.value_rows, pair.output_columns),
-            (first.quantized.levels, second.quantized.levels),
-            input_gram=first.gram,
-            start=(first.quantized, second.quantized),
+            (first.quantized, second.quantized),
+            input_gram=None if first.gram is None else _damped(first.gram, self.config.damping_for(data=False)),
             keep_zeros=self._pruned[value] or self._pruned[output],
         )
         first.quantized, second.quantized = rounded.value, rounded.output

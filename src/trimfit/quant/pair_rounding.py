@@ -133,8 +133,8 @@ def round_pair(
     """Alternates between the factors by error feedback; keeps, head by head, only what makes the product's error less.
 
     With the other factor fixed, a target is set that makes up for its errors; then the r channels are rounded one after
-    the other, each to make up for the errors of those before it (LDLQ, arXiv 2307.13304), and once more with all others
-    fixed. Where C has more than a diagonal, errors of B are fed back along its inputs as well.
+    the other, each to make up for the errors of those before it (LDLQ, arXiv 2307.13304), and once more, each given all
+    others. Where C is more than a diagonal, errors of B are fed back along its inputs too, in place of the second pass.
 
     **Arguments**
 
@@ -263,18 +263,18 @@ def _alternate(
     given_b = lattice_b.nearest(pair.gather_value(_dequantized(start[0], work)))
     given = product.errors(given_a, given_b)
     a, b = _better(given, error, given_a, a), _better(given, error, given_b, b)
-    error = torch.minimum(error, given)
+    error = torch.fmin(error, given)
     history = [error]
     for _ in range(sweeps):
         b_hat = b.to(product.b)
         seen = product.seen(b_hat)
         new = solver(seen @ b_hat.mT, seen @ product.b.mT, product.a, lattice_a, None)
         after = product.errors(new, b_hat, seen)
-        a, error = _better(after, error, new, a), torch.minimum(error, after)
+        a, error = _better(after, error, new, a), torch.fmin(error, after)
         a_hat = a.to(product.a)
         new = solver(a_hat @ a_hat.mT, a_hat @ product.a.mT, product.b, lattice_b, coupled)
         after = product.errors(a_hat, new)
-        b, error = _better(after, error, new, b), torch.minimum(error, after)
+        b, error = _better(after, error, new, b), torch.fmin(error, after)
         history.append(error)
         if torch.equal(error, history[-2]):
             break  # the next sweep would try the same again

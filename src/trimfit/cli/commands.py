@@ -116,8 +116,8 @@ def quantize(
     transform: Annotated[
         str,
         typer.Option(
-            help="none; pairs (V/O); free (pairs and column balance, no cost at inference); online (block-diagonal, run by "
-            "trimfit.load only); paper (V/O by gradients)."
+            help="none; pairs (V/O); free (pairs and column balance, no cost at inference); online (block-diagonal, "
+            "run by trimfit.load only); paper (V/O by gradients)."
         ),
     ] = "free",
     rounding: Annotated[

@@ -111,7 +111,8 @@ def quantize(report: QuantizeReport, calibration: str | None, form: str, out: Pa
     symmetry = "symmetric" if config.symmetric else "asymmetric"
     console.print(
         f"{len(report.layers)} layers quantized to {config.bits} bits ({group}, {symmetry}; "
-        f"{report.bits_per_weight:.2f} bits a weight with scales), transform {config.transform}, rounding {config.rounding}"
+        f"{report.bits_per_weight:.2f} bits a weight with scales), transform {config.transform}, "
+        f"rounding {config.rounding}"
     )
     if calibration is None:
         console.print("no data was asked for or read, and no forward pass was run")

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 
+from trimfit.calibration import read_documents
+from trimfit.calibration.standard_library import EVALUATION, read_modules
+
 
 def quiet() -> None:
     """Silences the progress bars and notes of transformers."""
@@ -32,3 +35,13 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
     return f"{model or platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def documents(name: str, characters: int | None, skip: float) -> list[str]:
+    """The texts of a source without the first share `skip` of them; of each only the middle `characters`."""
+    texts = read_modules(EVALUATION) if name == "demo" else read_documents(name)
+    texts = texts[round(skip * len(texts)) :]
+    if characters is None:
+        return texts
+    starts = [max(0, (len(text) - characters) // 2) for text in texts]
+    return [text[start : start + characters] for text, start in zip(texts, starts, strict=True)]

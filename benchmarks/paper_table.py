@@ -16,12 +16,11 @@ import time
 from pathlib import Path
 
 import torch
-from common import machine, quiet
+from common import documents, machine, quiet
 from transformers import PreTrainedModel
 
 import trimfit
-from trimfit.calibration import CalibrationConfig, read_documents
-from trimfit.calibration.standard_library import EVALUATION, read_modules
+from trimfit.calibration import CalibrationConfig
 from trimfit.demo.run import model_path
 from trimfit.evaluate import score_text
 from trimfit.masks import parse_pattern
@@ -49,16 +48,6 @@ VARIANTS = (
     ("joint", "optimal"),
 )
 UPDATE = {"none": "none", "own": "own", "optimal": "optimal refit"}
-
-
-def documents(name: str, characters: int | None, skip: float) -> list[str]:
-    """The texts of a source without the first share `skip` of them; of each only the middle `characters`."""
-    texts = read_modules(EVALUATION) if name == "demo" else read_documents(name)
-    texts = texts[round(skip * len(texts)) :]
-    if characters is None:
-        return texts
-    starts = [max(0, (len(text) - characters) // 2) for text in texts]
-    return [text[start : start + characters] for text, start in zip(texts, starts, strict=True)]
 
 
 def main() -> None:

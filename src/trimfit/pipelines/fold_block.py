@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trimfit.models import Folds, HiddenScale, InputScale, ValueOutput
-from trimfit.pipelines.quantize_config import QuantizeConfig, Transform
+from trimfit.pipelines.quantize_config import QuantizeConfig
 from trimfit.quant import Grid, place_levels
 from trimfit.quant.balance import balance_columns
 from trimfit.quant.pairs import balanced_transform, paper_transform
@@ -30,9 +30,9 @@ def fold_block(folds: Folds, weights: Weights, config: QuantizeConfig) -> tuple[
     left_out: list[str] = []
     if config.transform == "free":
         for scale in folds.inputs:
-            _note(done, _balance_inputs(scale, weights), "balance")
+            _note(done, balance_inputs(scale, weights), "balance")
         for scale in folds.hidden:
-            _note(done, _balance_hidden(scale, weights), "balance")
+            _note(done, balance_hidden(scale, weights), "balance")
     if config.transform in ("free", "pairs", "paper"):
         for pair in folds.pairs:
             names = {pair.value_layer.name, pair.output_layer.name}
@@ -41,7 +41,7 @@ def fold_block(folds: Folds, weights: Weights, config: QuantizeConfig) -> tuple[
             elif any(is_pruned(weights[name]) for name in names):
                 left_out.append("V/O pairs keep their basis: mixing heads would fill the zeros of a pruned model")
             else:
-                _note(done, _transform_pair(pair, folds, weights, config), "pair")
+                _note(done, transform_pair(pair, folds, weights, config), "pair")
     return done, left_out
 
 
@@ -50,7 +50,7 @@ def _note(done: dict[str, list[str]], names: Iterable[str], what: str) -> None:
         done[name].append(what)
 
 
-def _balance_inputs(scale: InputScale, weights: Weights) -> tuple[str, ...]:
+def balance_inputs(scale: InputScale, weights: Weights) -> tuple[str, ...]:
     """Column balance between a norm and its readers, if all of them are quantized."""
     if not set(scale.readers) <= weights.keys():
         return ()
@@ -61,7 +61,7 @@ def _balance_inputs(scale: InputScale, weights: Weights) -> tuple[str, ...]:
     return scale.readers
 
 
-def _balance_hidden(scale: HiddenScale, weights: Weights) -> tuple[str, ...]:
+def balance_hidden(scale: HiddenScale, weights: Weights) -> tuple[str, ...]:
     """Column balance of down, made up for by the rows of up."""
     up, down = scale.up_layer.name, scale.down_layer.name
     if not {up, down} <= weights.keys():
@@ -73,7 +73,7 @@ def _balance_hidden(scale: HiddenScale, weights: Weights) -> tuple[str, ...]:
     return up, down
 
 
-def _transform_pair(pair: ValueOutput, folds: Folds, weights: Weights, config: QuantizeConfig) -> tuple[str, ...]:
+def transform_pair(pair: ValueOutput, folds: Folds, weights: Weights, config: QuantizeConfig) -> tuple[str, ...]:
     """A new basis for each KV head, kept if it brings the rounded product nearer to the exact one, or asked for."""
     value, output = weights[pair.value_layer.name], weights[pair.output_layer.name]
     a, b = pair.gather(value, output)
@@ -111,6 +111,3 @@ def _product_error(pair: ValueOutput, value: Tensor, output: Tensor, energy: Ten
 
 def _rounded(weight: Tensor, grid: Grid) -> Tensor:
     return place_levels(weight, grid.fitted(weight.shape[1])).nearest(weight).dequantize()
-
-
-__all__ = ["Transform", "Weights", "fold_block", "is_pruned"]

@@ -110,7 +110,7 @@ def nearest_pair(
     """
     gram = _checked_gram(input_gram, pair)
     b = pair.gather_value(pair.value.detach()).to(widest(pair.value.device))
-    energy = (_seen(b, gram) * b).sum(-1)
+    energy = (_seen(b, gram) * b).sum(-1).clamp_(min=0)  # rounding may leave less
     seen = torch.zeros(pair.output.shape[1], dtype=b.dtype, device=b.device)
     for columns in pair.output_columns.unbind(1):
         seen[columns] = energy

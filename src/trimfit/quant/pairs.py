@@ -58,23 +58,27 @@ def paper_transform(
     a: Tensor,
     b: Tensor,
     *,
+    start: Tensor | None = None,
     steps: int = 3000,
     learning_rate: float = 1e-2,
     temperature: float = 5.0,
-    seed: int | None = None,
 ) -> Tensor:
-    """M (heads, r, r) in the widest dtype of the device, learned by gradient descent, for comparisons.
+    """M (heads, r, r) in the widest dtype of the device, learned by gradient descent on the largest magnitudes.
 
     What is known of CafeQ's transformation (arXiv 2511.19705, sec. 4.2): M is invertible and not orthogonal; Adam with
     learning rates from 1e-3 to 1e-2 and up to 100 000 steps; the loss is a LogSumExp, as a smooth maximum, over the
     largest magnitudes of the channels of both transformed matrices; the temperature matters little.
 
     Ours, because it is not known: channels are the rows of A M⁻¹ and of M B, those that share a scale; magnitudes are
-    relative to the mean over the channels of the same factor before the transformation, so neither temperature nor
-    learning rate depends on the scale of the weights; M starts from the identity, or from a random orthogonal matrix
-    if `seed` is given; the M of the least loss on the way is returned.
+    relative to the mean over the channels of the same factor at the start, so neither temperature nor learning rate
+    depends on the scale of the weights; M starts from the identity; the M of the least loss on the way is returned.
+    Nothing is random.
+
+    **Arguments**
 
     - `a`, `b`: (heads, p, r) and (heads, r, n) floating; computed in float32, or float64 if they are that.
+    - `start`: (heads, r, r) the M to start from, the identity where None. What is learned is the change of basis from
+      there on, so that steps mean the same wherever they start. `balanced_transform` saves most of the steps.
     - `temperature`: t > 0 in log Σ exp(t·magnitude) / t: the larger, the nearer to the maximum.
 
     Raises `InputError` for shapes that do not fit, entries that are not finite and numbers that are not positive.
@@ -82,13 +86,17 @@ def paper_transform(
     check_pair(a, b)
     if steps < 0 or learning_rate <= 0 or temperature <= 0:
         raise InputError("steps must not be negative; learning rate and temperature must be positive")
-    work = torch.float64 if a.dtype == torch.float64 else torch.float32
+    heads, _, r = a.shape
+    wide, work = widest(b.device), torch.float64 if a.dtype == torch.float64 else torch.float32
+    identity = torch.eye(r, dtype=wide, device=b.device).repeat(heads, 1, 1)
+    start = identity if start is None else start.to(wide)
     # Callers that compress models have gradients switched off, perhaps by inference mode.
     with torch.inference_mode(False), torch.enable_grad():
-        a, b = _relative(a.detach().to(work)), _relative(b.detach().to(work))
-        m = _starting_point(a, seed).requires_grad_()
+        a = _relative(torch.linalg.solve(start, a.detach().to(wide), left=False)).to(work)
+        b = _relative(start @ b.detach().to(wide)).to(work)
+        m = identity.to(work, copy=True).requires_grad_()
         optimizer = torch.optim.Adam([m], lr=learning_rate)
-        best, least = m.detach().clone(), torch.full((len(a),), torch.inf, device=a.device)
+        best, least = m.detach().clone(), torch.full((heads,), torch.inf, device=a.device)
         for step in range(steps + 1):
             undone, _ = torch.linalg.solve_ex(m, a, left=False)
             peaks = torch.cat([undone.abs().amax(-1), (m @ b).abs().amax(-1)], dim=-1)
@@ -100,7 +108,7 @@ def paper_transform(
                 optimizer.zero_grad()
                 loss.sum().backward()
                 optimizer.step()
-    return best.to(widest(a.device))
+    return best.to(wide) @ start
 
 
 def check_pair(a: Tensor, b: Tensor) -> None:
@@ -136,11 +144,3 @@ def _relative(factor: Tensor) -> Tensor:
     """The factor over the mean of its rows' largest magnitudes, for each head; zeros stay zeros."""
     mean = factor.abs().amax(-1).mean(-1)[:, None, None]
     return factor / torch.where(mean > 0, mean, 1.0)
-
-
-def _starting_point(a: Tensor, seed: int | None) -> Tensor:
-    heads, _, r = a.shape
-    if seed is None:
-        return torch.eye(r, dtype=a.dtype, device=a.device).repeat(heads, 1, 1)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(heads, r, r, generator=generator, dtype=torch.float64)).Q.to(a)

@@ -1,0 +1,280 @@
+"""Quantization side by side with what people use: excess nats over the dense model, in one run on one text.
+
+    pip install hqq==0.2.8.post1 && pip install --no-deps sinq==0.2.0      # peers; those that are missing are left out
+    python benchmarks/quantize_table.py demo --calibration demo --text demo
+    python benchmarks/quantize_table.py MODEL --calibration FILE --text FILE --groups 64 128 channel
+
+Peers quantize each layer by their own functions with their own defaults, in float32. They have no group size for every
+width, so all methods use the grid that trimfit fits to a layer: groups of the smallest divisor of the width that is not
+smaller than asked. "GPTQ" is error feedback with clip search on windows of the calibration text, the inputs of each group
+of layers seen through what is quantized already: better than GPTQ with its defaults. Prints Markdown tables.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import documents, machine, quiet
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import trimfit
+from trimfit.calibration import CalibrationConfig, added_tokens, encode_documents, sample_windows
+from trimfit.demo.run import model_path
+from trimfit.evaluate import score_text
+from trimfit.models import Walker, find_blocks, find_folds
+from trimfit.pipelines.fold_block import balance_hidden, balance_inputs
+from trimfit.quant import Grid, place_levels
+from trimfit.quant.rounding import round_to_gram
+from trimfit.refit import FactoredGram
+
+Quantize = Callable[[PreTrainedModel, Grid, Tensor | None], None]
+LayerQuantizer = Callable[[Tensor, Grid], Tensor]
+
+
+def layer_by_layer(function: LayerQuantizer) -> Quantize:
+    """Quantizes every layer of the blocks on its own."""
+
+    def quantize(model: PreTrainedModel, grid: Grid, windows: Tensor | None) -> None:
+        for layer in (layer for block in find_blocks(model) for layer in block.layers):
+            weight = layer.weight.float()
+            layer.write(function(weight, grid.fitted(weight.shape[1])))
+
+    return quantize
+
+
+def nearest(weight: Tensor, grid: Grid, *, clip: bool) -> Tensor:
+    return place_levels(weight, grid, clip=clip).nearest(weight).dequantize()
+
+
+def hqq(weight: Tensor, grid: Grid) -> Tensor:
+    quantizer = importlib.import_module("hqq.core.quantize").Quantizer
+    size = grid.group_size or weight.shape[1]
+    codes, meta = quantizer.quantize(
+        weight, nbits=grid.bits, group_size=size, axis=1, device="cpu", compute_dtype=torch.float32, bitpack=False
+    )
+    return ((codes.float() - meta["zero"]) * meta["scale"]).reshape(weight.shape)
+
+
+def sinq(weight: Tensor, grid: Grid, *, method: str) -> Tensor:
+    with contextlib.redirect_stdout(io.StringIO()):
+        function = importlib.import_module("sinq.dual_shift").quantize_dual_scale_shift
+    parts: list[Tensor] = []
+    for tile in weight.split(grid.group_size or weight.shape[1], 1):
+        codes, rows, columns, zero = function(tile.clone(), [0, grid.largest], method)
+        parts.append((codes - zero) * rows * columns)
+    return torch.cat(parts, 1)
+
+
+def gptq(model: PreTrainedModel, grid: Grid, windows: Tensor | None) -> None:
+    assert windows is not None
+    walker = Walker(model, find_blocks(model), {"fit": windows})
+    for block in walker:
+        for group in walker.groups(block):
+            gram = FactoredGram(walker.grams(block, [group], "fit")[0], 0.01)
+            for layer in group.layers:
+                weight = layer.weight.float()
+                fitted = grid.fitted(weight.shape[1])
+                layer.write(round_to_gram(weight, fitted, gram, sweeps=0).dequantize())
+
+
+def balanced(model: PreTrainedModel, grid: Grid, windows: Tensor | None) -> None:
+    """Column balance folded, then nearest: what is between two lines of the ablation."""
+    for block in find_blocks(model):
+        folds = find_folds(model, block.name)
+        weights = {layer.name: layer.weight.float().clone() for layer in block.layers}
+        for scale in folds.inputs:
+            balance_inputs(scale, weights)
+        for scale in folds.hidden:
+            balance_hidden(scale, weights)
+        for layer in block.layers:
+            weight = weights[layer.name]
+            layer.write(nearest(weight, grid.fitted(weight.shape[1]), clip=True))
+
+
+def ours(**options: Any) -> Quantize:
+    def quantize(model: PreTrainedModel, grid: Grid, windows: Tensor | None) -> None:
+        asked = {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric, **options}
+        trimfit.quantize(model, trimfit.QuantizeConfig.model_validate(asked), windows)
+
+    return quantize
+
+
+# name → (how, what data: "" none, "self" its own, "text" the calibration text)
+PEERS: dict[str, tuple[Quantize, str]] = {
+    "round to nearest": (layer_by_layer(lambda w, g: nearest(w, g, clip=False)), ""),
+    "hqq": (layer_by_layer(hqq), ""),
+    "sinq": (layer_by_layer(lambda w, g: sinq(w, g, method="sinq")), ""),
+    "sinq + hqq": (layer_by_layer(lambda w, g: sinq(w, g, method="sinq_hqq")), ""),
+    "GPTQ": (gptq, "text"),
+}
+OURS: dict[str, tuple[Quantize, str]] = {
+    "free": (ours(transform="free"), ""),
+    "online": (ours(transform="online"), ""),
+    "free, self": (ours(transform="free"), "self"),
+    "online, self": (ours(transform="online"), "self"),
+    "free, text": (ours(transform="free"), "text"),
+    "online, text": (ours(transform="online"), "text"),
+}
+ABLATION: dict[str, tuple[Quantize, str]] = {
+    "nearest": (layer_by_layer(lambda w, g: nearest(w, g, clip=False)), ""),
+    "+ clip search": (ours(transform="none", rounding="nearest"), ""),
+    "+ column balance": (balanced, ""),
+    "+ pairs where they help": (ours(transform="free", rounding="nearest"), ""),
+    "+ alternating rounding (= free)": (ours(transform="free"), ""),
+    "clip search, pairs always": (ours(transform="pairs", rounding="nearest"), ""),
+    "clip search, pairs by the paper's gradients": (ours(transform="paper", rounding="nearest"), ""),
+    "alternating rounding alone": (ours(transform="none"), ""),
+    "alternating rounding, pairs": (ours(transform="pairs"), ""),
+    "alternating rounding, the paper's pairs": (ours(transform="paper"), ""),
+    "online, nearest": (ours(transform="online", rounding="nearest"), ""),
+    "online, alternating": (ours(transform="online"), ""),
+    "online, blocks of 32": (ours(transform="online", block_size=32), ""),
+}
+SETS = {"peers": {**PEERS, **OURS}, "ablation": ABLATION}
+CALIBRATION_FREE = ("round to nearest", "hqq", "sinq", "sinq + hqq")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--text", required=True)
+    parser.add_argument(
+        "--skip", type=float, default=0.0, help="share of the text's documents, from its start, to skip"
+    )
+    parser.add_argument("--characters", type=int, help="of each document to score, from its middle")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--seeds", type=int, default=3, help="of calibration windows")
+    parser.add_argument("--bits", type=int, nargs="*", default=[3, 4])
+    parser.add_argument("--groups", nargs="*", default=["64"])
+    parser.add_argument("--set", choices=SETS, default="peers")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+
+    quiet()
+    checkpoint = trimfit.load_checkpoint(str(model_path()) if arguments.model == "demo" else arguments.model)
+    model, tokenizer = checkpoint.model.float(), checkpoint.tokenizer
+    texts = documents(arguments.text, arguments.characters, arguments.skip)
+    length = arguments.sequence_length
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    dense = score_text(model, tokenizer, texts, length=length)
+    divergence = Divergence(checkpoint, texts, length)
+
+    windows: dict[tuple[str, int], Tensor | None] = {("", 0): None}
+    for seed in range(arguments.seeds):
+        for data, source in (("text", arguments.calibration), ("self", "self")):
+            config = CalibrationConfig(source=source, samples=arguments.samples, sequence_length=length, seed=seed)
+            windows[data, seed] = config.windows(tokenizer, model)
+
+    cells: list[dict[str, Any]] = []
+    for name, bits, group, seed in _grid(arguments):
+        quantize, data = SETS[arguments.set][name]
+        if (data, seed) not in windows:
+            continue
+        model.load_state_dict(state)
+        start = time.perf_counter()
+        try:
+            quantize(model, Grid(bits, None if group == "channel" else int(group)), windows[data, seed])
+        except ImportError as error:
+            print(f"{name} is left out: {error}", flush=True)
+            continue
+        seconds = time.perf_counter() - start
+        score = score_text(model, tokenizer, texts, length=length)
+        cell = {
+            "method": name,
+            "bits": bits,
+            "group": group,
+            "seed": seed,
+            "excess": score.nats - dense.nats,
+            "divergence": divergence.measure(),
+            "seconds": seconds,
+        }
+        cells.append(cell)
+        print(json.dumps(cell), flush=True)
+
+    print(f"\n{machine()}\n")
+    print(
+        f"{arguments.model}, {arguments.samples} calibration windows of {length} tokens where data is used, "
+        f"{arguments.seeds} seeds, mean ± std; scored on {dense.tokens:,} tokens ({arguments.text}), windows of "
+        f"{length}; dense perplexity {dense.perplexity:.3f}. Excess nats per token over dense, [as a share of the best "
+        "calibration-free peer's], (KL divergence to dense); seconds.\n"
+    )
+    print(table(cells))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"dense": dense.perplexity, "cells": cells}, indent=1))
+
+
+def _grid(arguments: argparse.Namespace) -> Iterator[tuple[str, int, str, int]]:
+    for group in arguments.groups:
+        for bits in arguments.bits:
+            for name, (_, data) in SETS[arguments.set].items():
+                for seed in range(arguments.seeds if data else 1):
+                    yield name, bits, group, seed
+
+
+class Divergence:
+    """Mean KL divergence of the dense model's predictions to the quantized one's, on windows of the text."""
+
+    def __init__(self, checkpoint: Any, texts: list[str], length: int):
+        tokenizer = checkpoint.tokenizer
+        encoded = encode_documents(tokenizer, texts)
+        bos = added_tokens(tokenizer).bos
+        self._model = checkpoint.model
+        self._windows = sample_windows(encoded, samples=32, length=length, seed=0, bos=bos).split(8)
+        self._dense = [self._predict(batch) for batch in self._windows]
+
+    def measure(self) -> float:
+        total = sum(
+            (dense.exp() * (dense - self._predict(batch))).sum(-1).mean().item()
+            for batch, dense in zip(self._windows, self._dense, strict=True)
+        )
+        return total / len(self._windows)
+
+    @torch.no_grad()
+    def _predict(self, batch: Tensor) -> Tensor:
+        return torch.log_softmax(self._model(batch).logits.float(), -1)
+
+
+def table(cells: list[dict[str, Any]]) -> str:
+    """Markdown: a row for each method, a column for each grid; shares of the best calibration-free peer in brackets."""
+    grids = list(dict.fromkeys((cell["bits"], cell["group"]) for cell in cells))
+    lines = [
+        "| method | " + " | ".join(f"{bits} bit, {group}" for bits, group in grids) + " | seconds |",
+        "|---|" + "---|" * (len(grids) + 1),
+    ]
+    best = {
+        grid: min(
+            (c["excess"] for c in cells if (c["bits"], c["group"]) == grid and c["method"] in CALIBRATION_FREE),
+            default=math.nan,
+        )
+        for grid in grids
+    }
+    for name in dict.fromkeys(cell["method"] for cell in cells):
+        row: list[str] = []
+        for grid in grids:
+            found = [c for c in cells if c["method"] == name and (c["bits"], c["group"]) == grid]
+            excess = [cell["excess"] for cell in found]
+            text = f"{statistics.mean(excess):.4f}"
+            if len(excess) > 1:
+                text += f" ± {statistics.stdev(excess):.4f}"
+            if not math.isnan(best[grid]):
+                text += f" [{statistics.mean(excess) / best[grid]:.2f}]"
+            row.append(f"{text} ({statistics.mean(cell['divergence'] for cell in found):.4f})")
+        seconds = statistics.median(cell["seconds"] for cell in cells if cell["method"] == name)
+        lines.append(f"| {name} | " + " | ".join(row) + f" | {seconds:.1f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,8 +6,8 @@
 
 Peers quantize each layer by their own functions with their own defaults, in float32. They have no group size for every
 width, so all methods use the grid that trimfit fits to a layer: groups of the smallest divisor of the width that is not
-smaller than asked. "GPTQ" is error feedback with clip search on windows of the calibration text, the inputs of each group
-of layers seen through what is quantized already: better than GPTQ with its defaults. Prints Markdown tables.
+smaller than asked. "GPTQ" is error feedback with clip search on windows of the calibration text, the inputs of each
+group of layers seen through what is quantized already: better than GPTQ with its defaults. Prints Markdown tables.
 """
 
 import argparse

@@ -123,7 +123,7 @@ def quantize(
     rounding: Annotated[
         str, typer.Option(help="alternating (error feedback; V and O in turns) or nearest.")
     ] = "alternating",
-    block_size: Annotated[int, typer.Option(help="Of online transformations, at most 128.")] = 64,
+    block_size: Annotated[int, typer.Option(help="Of online transformations, at most 128.")] = 128,
     damping: Annotated[
         float | None, typer.Option(help="λ in H + λ·mean(diag H)·I. [default: 0.01 with calibration, 0.5 without]")
     ] = None,

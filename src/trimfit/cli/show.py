@@ -119,7 +119,8 @@ def quantize(report: QuantizeReport, calibration: str | None, form: str, out: Pa
     else:
         console.print(f"{report.windows * report.window_length:,} calibration tokens ({calibration})")
     console.print(f"mean weight error {report.weight_error:.4f} (squared, relative)")
-    if report.online_multiply_adds:
+    online = form == "packed" and report.online_multiply_adds > 0  # dense weights have them multiplied in
+    if online:
         console.print(f"online transformations add {report.online_multiply_adds:.1%} to the layers' multiply-adds")
     for reason in report.refused:
         console.print(f"left out: {reason}", soft_wrap=True)
@@ -133,7 +134,7 @@ def quantize(report: QuantizeReport, calibration: str | None, form: str, out: Pa
         "dense": "plain transformers",
         "packed": "transformers with compressed-tensors",
     }
-    reader = "trimfit.load" if form == "packed" and report.online_multiply_adds else loads[form]
+    reader = "trimfit.load" if online else loads[form]
     console.print(f"written to {out} ({reader} loads it; records in {out}/trimfit.json)", soft_wrap=True)
 
 

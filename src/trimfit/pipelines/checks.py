@@ -27,8 +27,13 @@ def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
 def check_finite(model: PreTrainedModel) -> None:
     """Raises `InputError` for weights that are NaN or infinite."""
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise InputError(f"{name} has NaN or infinite entries: the checkpoint is damaged; nothing was changed")
+        check_finite_weight(name, parameter)
+
+
+def check_finite_weight(name: str, weight: Tensor) -> None:
+    """The same for one of them."""
+    if not torch.isfinite(weight).all():
+        raise InputError(f"{name} has NaN or infinite entries: the checkpoint is damaged; nothing was changed")
 
 
 @contextmanager

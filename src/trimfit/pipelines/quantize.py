@@ -66,7 +66,10 @@ def quantize(
 
 
 class QuantizeRun:
-    """Quantizes one block after the other, and keeps the records."""
+    """Quantizes one block after the other, and keeps the records.
+
+    `device` is where the blocks are when their turn comes; where the model is, if None.
+    """
 
     def __init__(
         self,
@@ -76,8 +79,10 @@ class QuantizeRun:
         observer: Observer,
         sink: Sink | None,
         scale_dtype: torch.dtype | None,
+        device: torch.device | None = None,
     ):
         self._model, self._config, self._blocks = model, config, blocks
+        self._device = device or model.device
         self._observer, self._sink, self._scale_dtype = observer, sink, scale_dtype
         self._start = time.perf_counter()
         self._total = sum(layer.weight.numel() for block in blocks for layer in block.layers)
@@ -92,8 +97,7 @@ class QuantizeRun:
         flow = find_flow(self._model, block.name)
         grams: dict[str, Tensor] = {} if flow is None else moments.grams(flow, work.weights)
         for layers in work.groups():
-            gram = next((grams[layer.name] for layer in layers if layer.name in grams), None)
-            work.quantize(layers, gram, data=False)
+            work.quantize(layers, work.gram_of(layers, grams), data=False)
         if self._config.rounding == "alternating":
             work.round_pairs()
         self._finish(work)
@@ -119,7 +123,7 @@ class QuantizeRun:
             window_length=window_length,
             online_multiply_adds=self._online / max(self._done, 1),
             seconds=time.perf_counter() - self._start,
-            peak_memory=peak_memory(self._model.device),
+            peak_memory=peak_memory(self._device),
             versions=versions(),
         )
 

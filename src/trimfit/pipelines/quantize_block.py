@@ -1,7 +1,7 @@
 """One block being quantized: its folded weights, and what has become of each layer."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,11 +13,13 @@ from trimfit.pipelines.fold_block import fold_block, is_pruned
 from trimfit.pipelines.quantize_config import QuantizeConfig
 from trimfit.pipelines.quantize_records import QuantizedRecord
 from trimfit.pipelines.records import peak_memory
-from trimfit.quant import Quantized, place_levels
+from trimfit.quant import Grid, Quantized, place_levels
 from trimfit.quant.blocks import BlockTransform, best_transform, block_size
 from trimfit.quant.pair_rounding import Pair, round_pair
 from trimfit.quant.rounding import gram_error, round_to_gram
 from trimfit.refit import FactoredGram
+
+_RUN = 1024  # columns
 
 _KEPT_ZEROS = "a pruned layer takes no online transformation: mixing its inputs would fill its zeros"
 
@@ -27,12 +29,13 @@ class QuantizedLayer:
     """What has become of a layer.
 
     - `quantized`: of W T, where there is an online transformation T, else of W.
-    - `gram`: (in, in) of its inputs before any T, or None.
+    - `gram`: (in, in) of its inputs before any T, or None; `data`, whether it is of calibration windows.
     """
 
     quantized: Quantized
     transform: BlockTransform | None
     gram: Tensor | None
+    data: bool
     seconds: float
 
     @property
@@ -75,39 +78,45 @@ class BlockWork:
         for layer in self.block.layers:
             if layer.name in seen:
                 continue
-            readers = next((s.readers for s in self.folds.inputs if layer.name in s.readers), (layer.name,))
+            readers = self._readers(layer)
             seen.update(readers)
             yield tuple(self._by_name[name] for name in readers if name in self._by_name)
+
+    def gram_of(self, layers: Sequence[Layer], grams: Mapping[str, Tensor]) -> Tensor | None:
+        """That of layers that share their input, known by the name of any that reads it, quantized or not."""
+        return next((grams[name] for name in self._readers(layers[0]) if name in grams), None)
+
+    def _readers(self, layer: Layer) -> tuple[str, ...]:
+        return next((scale.readers for scale in self.folds.inputs if layer.name in scale.readers), (layer.name,))
 
     def quantize(self, layers: Sequence[Layer], gram: Tensor | None, *, data: bool) -> None:
         """Quantizes layers that share their input, with the Gram matrix (in, in) of that input if there is one.
 
-        `data` says whether it is one of calibration windows. Moments that weights tell serve rounding, but a
-        transformation is better chosen without them: they hide directions that data does use (docs/quantization.md).
+        `data` says whether it is one of calibration windows. Transformations are chosen without it: by the error of
+        nearest rounding a Gram matrix favours those that leave error feedback less to do (docs/quantization.md).
         """
         damping = self.config.damping_for(data=data)
         start = time.perf_counter()
-        transform = self._find_transform(layers, gram if data else None)
-        factored = None
+        transform = self._find_transform(layers)
+        factored: list[FactoredGram] = []
         if self.config.rounding == "alternating" and (gram is not None or transform is not None):
-            plain = torch.eye(layers[0].weight.shape[1], device=layers[0].weight.device) if gram is None else gram
-            factored = FactoredGram(
-                _damped(plain, damping) if transform is None else transform.gram(_damped(plain, damping))
-            )
+            damped = _damped(gram, layers[0].weight, damping)
+            damped = damped if transform is None else transform.gram(damped)
+            factored = [FactoredGram(damped[part, part]) for part in self._parts(len(damped), data=data)]
         for layer in layers:
             weight = self.weights[layer.name]
             weight = weight if transform is None else transform.forward(weight)
             grid = self.config.grid.fitted(weight.shape[1])
             dtype = self._dtypes[layer.name] if self.scale_dtype is None else self.scale_dtype
             with naming(layer):
-                if factored is None:
+                if not factored:
                     quantized = place_levels(weight, grid, dtype=dtype).nearest(weight)
                 else:
                     kept = weight != 0 if self._pruned[layer.name] else None
-                    quantized = round_to_gram(weight, grid, factored, dtype=dtype, kept=kept)
+                    quantized = _round(weight, grid, factored, dtype, kept)
             seconds = time.perf_counter() - start
             quantized = replace(quantized, scale=quantized.scale.to(self._dtypes[layer.name]))
-            self.layers[layer.name] = QuantizedLayer(quantized, transform, gram, seconds)
+            self.layers[layer.name] = QuantizedLayer(quantized, transform, gram, data, seconds)
             start = time.perf_counter()
 
     def round_pairs(self) -> None:
@@ -127,13 +136,24 @@ class BlockWork:
         rounded = round_pair(
             Pair(self.weights[value], self.weights[output], pair.value_rows, pair.output_columns),
             (first.quantized, second.quantized),
-            input_gram=None if first.gram is None else _damped(first.gram, self.config.damping_for(data=False)),
+            input_gram=_damped(first.gram, self.weights[value], self.config.damping_for(data=False)),
             keep_zeros=self._pruned[value] or self._pruned[output],
         )
         first.quantized, second.quantized = rounded.value, rounded.output
         second.seconds += time.perf_counter() - start
 
-    def _find_transform(self, layers: Sequence[Layer], gram: Tensor | None) -> BlockTransform | None:
+    def _parts(self, width: int, *, data: bool) -> list[slice]:
+        """Runs of columns that error feedback stays within: all at once, but in wide layers without data.
+
+        There the cost of a weight would grow with the width for the sake of moments that are rough anyway.
+        """
+        group = self.config.grid.fitted(width).group_size
+        if data or group is None:
+            return [slice(0, width)]
+        run = max(1, _RUN // group) * group
+        return [slice(start, min(start + run, width)) for start in range(0, width, run)]
+
+    def _find_transform(self, layers: Sequence[Layer]) -> BlockTransform | None:
         if self.config.transform != "online":
             return None
         if any(self._pruned[layer.name] for layer in layers):
@@ -143,7 +163,7 @@ class BlockWork:
         weights = [self.weights[layer.name] for layer in layers]
         width = weights[0].shape[1]
         size = block_size(width, self.config.block_size)
-        return best_transform(weights, self.config.grid.fitted(width), size, gram)
+        return best_transform(weights, self.config.grid.fitted(width), size)
 
     def record(self, name: str, device: torch.device) -> QuantizedRecord:
         """What is known of a finished layer."""
@@ -158,26 +178,53 @@ class BlockWork:
             block=self.block.index,
             shape=(rows, width),
             group_size=grid.group_size,
-            bits_per_weight=_bits(done.quantized),
+            bits_per_weight=_bits(done.quantized) + self._online_bits(done.transform),
             transform=", ".join(applied),
             zeros=zeros,
             pruned=self._pruned[name],
             weight_error=((weight - exact).square().sum() / exact.square().sum().clamp(min=1e-30)).item(),
-            output_error=None if done.gram is None else gram_error(weight, exact, done.gram),
+            output_error=gram_error(weight, exact, done.gram) if done.data and done.gram is not None else None,
             seconds=done.seconds,
             peak_memory=peak_memory(device),
         )
 
+    def _online_bits(self, transform: BlockTransform | None) -> float:
+        """Of a transformation, for each weight of the layers that share it."""
+        if transform is None:
+            return 0.0
+        shared = sum(done.quantized.codes.numel() for done in self.layers.values() if done.transform is transform)
+        return transform.inverses.numel() * transform.inverses.element_size() * 8 / shared
 
-def _damped(gram: Tensor, damping: float) -> Tensor:
+
+def _round(
+    weight: Tensor, grid: Grid, grams: Sequence[FactoredGram], dtype: torch.dtype, kept: Tensor | None
+) -> Quantized:
+    """Error feedback within runs of columns, each with its own Gram matrix."""
+    widths = [gram.size for gram in grams]
+    kepts = [None] * len(grams) if kept is None else kept.split(widths, 1)
+    parts = [
+        round_to_gram(columns, grid.fitted(columns.shape[1]), gram, dtype=dtype, kept=part)
+        for columns, gram, part in zip(weight.split(widths, 1), grams, kepts, strict=True)
+    ]
+    return Quantized(
+        torch.cat([part.codes for part in parts], 1),
+        torch.cat([part.scale for part in parts], 1),
+        torch.cat([part.zero_point for part in parts], 1),
+        grid,
+    )
+
+
+def _damped(gram: Tensor | None, weight: Tensor, damping: float) -> Tensor:
     """Damped before it is transformed: the prior, white noise, is one about the inputs as they are."""
+    if gram is None:
+        return torch.eye(weight.shape[1], device=weight.device)
     gram = gram.to(torch.float32, copy=True)
     gram.diagonal().add_(damping * gram.diagonal().mean())
     return gram
 
 
 def _bits(quantized: Quantized) -> float:
-    """Bits for each weight with scales and zero points; online transformations are counted by the group, elsewhere."""
+    """Bits for each weight with scales and zero points."""
     grid = quantized.grid
     extra = quantized.scale.element_size() * 8 + (0 if grid.symmetric else grid.bits)
     return grid.bits + extra * quantized.scale.numel() / quantized.codes.numel()

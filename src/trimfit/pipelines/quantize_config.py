@@ -36,7 +36,7 @@ class QuantizeConfig(BaseModel):
     symmetric: bool = False
     transform: Transform = "free"
     rounding: Literal["nearest", "alternating"] = "alternating"
-    block_size: int = Field(default=64, ge=2, le=LARGEST_BLOCK)
+    block_size: int = Field(default=128, ge=2, le=LARGEST_BLOCK)
     damping: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     ignore: tuple[str, ...] = ()
     batch_size: int = Field(default=8, ge=1, le=2**20)
@@ -44,8 +44,11 @@ class QuantizeConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _channel(cls, data: dict[str, Any]) -> dict[str, Any]:
-        if data.get("group_size") == "channel":
+        size = data.get("group_size")
+        if size == "channel":
             return {**data, "group_size": None}
+        if isinstance(size, str) and not size.removeprefix("-").isdecimal():
+            raise ValueError(f"the group size is a number of inputs or 'channel', but it is {size!r}")
         return data
 
     @model_validator(mode="after")

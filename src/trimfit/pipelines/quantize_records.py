@@ -13,7 +13,7 @@ class QuantizedRecord(BaseModel):
     - `transform`: names of what was done to it before rounding, "" for nothing.
     - `zeros`: share of its weights that are exactly 0, all of which stay 0 if `pruned`.
     - `weight_error`: ‖Ŵ − W‖² / ‖W‖², of the transformed weights where there is an online transformation undone again.
-    - `output_error`: tr((Ŵ − W) H (Ŵ − W)ᵀ) / tr(W H Wᵀ) with the Gram matrix used; None where there was none.
+    - `output_error`: tr((Ŵ − W) H (Ŵ − W)ᵀ) / tr(W H Wᵀ) with the Gram matrix of calibration; None without.
     - `seconds`: of this layer alone. `peak_memory`: bytes, the largest so far.
     """
 

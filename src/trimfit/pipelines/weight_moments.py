@@ -2,11 +2,18 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimfit.models import Flow, rows_of
 from trimfit.quant.moments import Norm, ResidualStream, attention_moment, mlp_moment
+
+_ROWS = 4096
+
+# Share of the embedding's own second moment in what enters the first block; the rest is white noise. Measured on two
+# models: 0.05 is better than 0 on one and as good on the other; from 0.1 on, tokens hardly ever used spoil the latter.
+_EMBEDDING = 0.05
 
 
 class WeightMoments:
@@ -14,11 +21,21 @@ class WeightMoments:
 
     - `size`: of the hidden states.
     - `embedding`: (tokens, size) weights, for the size of what enters the first block.
+    - `device`: of the blocks; that of the embedding where None.
     """
 
-    def __init__(self, size: int, embedding: Tensor):
-        mean_square = embedding.detach().float().square().mean().item()
-        self._stream = ResidualStream(size, mean_square or 1.0, embedding.device)
+    def __init__(self, size: int, embedding: Tensor, device: torch.device | None = None):
+        device = device or embedding.device
+        pieces = embedding.detach().split(_ROWS)  # in float32 it may be larger than a block
+        width = embedding.shape[1]
+        moment = torch.zeros(width, width, device=device)
+        for piece in pieces:
+            rows = piece.to(device, torch.float32)
+            moment.addmm_(rows.T, rows, alpha=1 / len(embedding))
+        mean_square = moment.diagonal().mean().item() or 1.0
+        self._stream = ResidualStream(size, mean_square, device)
+        if width == size:  # otherwise a layer that we do not follow comes in between
+            self._stream.moment.lerp_(moment, _EMBEDDING)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "WeightMoments":

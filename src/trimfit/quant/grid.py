@@ -71,9 +71,10 @@ class Levels:
         return self.scale.repeat_interleave(repeat, 1), zero.repeat_interleave(repeat, 1)
 
     def nearest(self, weight: Tensor) -> "Quantized":
-        """Each weight (out, in) at its nearest level."""
-        scale, zero = self.columns(weight.shape[1])
-        codes = (weight / scale.to(weight.dtype)).round_().add_(zero).clamp_(0, self.grid.largest)
+        """Each weight (out, in) at its nearest level, found in float32 or better."""
+        wide = torch.promote_types(self.scale.dtype, torch.float32)
+        scale, zero = (part.to(wide) for part in self.columns(weight.shape[1]))
+        codes = (weight / scale).round_().add_(zero).clamp_(0, self.grid.largest)
         return Quantized(codes.to(torch.uint8), self.scale, self.zero_point, self.grid)
 
 
@@ -122,11 +123,15 @@ def place_levels(
     - `dtype`: in which scales are stored and therefore rounded before the search; that of `weight` where None.
     """
     check_weight(weight, grid)
+    if importance is not None and not _are_costs(importance, weight.shape[1]):
+        raise InputError(f"the importance must be {weight.shape[1]} finite numbers that are not negative")
     dtype = dtype or weight.dtype
     work = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     groups = work.unflatten(1, (-1, grid.group_size or work.shape[1]))
     cost = None if importance is None else importance.to(work).view(groups.shape[1:])
-    low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
+    counted = groups if cost is None else groups * (cost > 0)
+    low, high = counted.amin(-1).clamp_(max=0), counted.amax(-1).clamp_(min=0)
+    unit = _unit(torch.maximum(-low, high))[..., None]
     best = torch.full_like(low, torch.inf)
     scale, zero = torch.ones_like(low), torch.full_like(low, 0 if not grid.symmetric else grid.middle)
     for ratio in _CLIP_RATIOS if clip else (1.0,):
@@ -135,7 +140,7 @@ def place_levels(
             step = storable_scale(step, dtype).to(work)
             steps = (groups / step[..., None]).round_().add_(point[..., None]).clamp_(0, grid.largest)
             steps.sub_(point[..., None])
-            error = _squares(steps * step[..., None] - groups, cost)
+            error = _squares((steps * step[..., None]).sub_(groups).div_(unit), cost)
             better = error < best
             best = torch.where(better, error, best)
             scale = torch.where(better, step, scale)
@@ -145,8 +150,8 @@ def place_levels(
 
 
 def storable_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales as `dtype` holds them, and never 0: the least normal number stands for all that is smaller."""
-    return scale.clamp(min=torch.finfo(dtype).tiny).to(dtype)
+    """Scales as `dtype` holds them, never 0 or infinite: the least normal number stands for all that is smaller."""
+    return scale.clamp(torch.finfo(dtype).tiny, torch.finfo(dtype).max).to(dtype)
 
 
 def check_weight(weight: Tensor, grid: Grid) -> None:
@@ -163,6 +168,10 @@ def check_weight(weight: Tensor, grid: Grid) -> None:
         raise InputError("the weight has NaN or infinite entries: the model is damaged")
 
 
+def _are_costs(importance: Tensor, width: int) -> bool:
+    return importance.shape == (width,) and bool((importance.isfinite() & (importance >= 0)).all())
+
+
 def _spread(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Scale and zero point with which the levels reach from `low` ≤ 0 to `high` ≥ 0."""
     if grid.symmetric:
@@ -175,6 +184,12 @@ def _spread(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 def _positive(step: Tensor) -> Tensor:
     """A group of zeros has no range; any scale serves it."""
     return torch.where(step > 0, step, 1)
+
+
+def _unit(largest: Tensor) -> Tensor:
+    """A power of two near the largest magnitude: in it, squares neither overflow nor vanish, and digits stay."""
+    limits = torch.finfo(largest.dtype)
+    return _positive(largest).clamp(limits.tiny, limits.max / 2).log2().floor().exp2()
 
 
 def _squares(error: Tensor, cost: Tensor | None) -> Tensor:

@@ -75,14 +75,16 @@ def attention_moment(inputs: Tensor, values: Tensor, bias: Tensor | None, column
     heads, group, size = columns.shape
     flat = values.to(inputs).flatten(0, 1)
     moment = flat @ inputs @ flat.T
-    if bias is not None:
-        moment = moment + torch.outer(bias.to(inputs).flatten(), bias.to(inputs).flatten())
     place = torch.arange(heads * size, device=inputs.device).view(heads, 1, size).expand(heads, group, size).flatten()
     query = torch.arange(heads * group, device=inputs.device).repeat_interleave(size)
     share = torch.where(query[:, None] == query, 1.0, _SHARED_BY_HEADS)
     order = columns.flatten().to(inputs.device).argsort()
     place, share = place[order], share[order][:, order]
-    return moment[place][:, place] * share * _KEPT_BY_AVERAGE
+    moment = moment[place][:, place] * share * _KEPT_BY_AVERAGE
+    if bias is not None:  # an average of values with a bias has all of it, the same for every query head
+        constant = bias.to(inputs).flatten()[place]
+        moment = moment + torch.outer(constant, constant)
+    return moment
 
 
 def mlp_moment(
@@ -113,5 +115,8 @@ def mlp_moment(
 
 def _square_root(moment: Tensor) -> Tensor:
     """F with FᵀF = moment, also for a moment that is singular."""
+    factor, info = torch.linalg.cholesky_ex(moment)
+    if info.item() == 0:
+        return factor.T
     values, vectors = torch.linalg.eigh(moment)
     return values.clamp(min=0).sqrt()[:, None] * vectors.T

@@ -44,6 +44,11 @@ def round_to_gram(
     check_weight(weight, grid)
     if gram.size != weight.shape[1]:
         raise InputError(f"the Gram matrix is of {gram.size} inputs, but the weight has {weight.shape[1]}")
+    if kept is not None and (kept.shape != weight.shape or kept.dtype != torch.bool):
+        raise InputError(
+            f"the mask of kept weights must be bool of {tuple(weight.shape)}, but it is {kept.dtype} of "
+            f"{tuple(kept.shape)}"
+        )
     dtype = dtype or weight.dtype
     work = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     levels = place_levels(work, grid, dtype=dtype)

@@ -189,6 +189,22 @@ def test_a_quantized_model(write: Any):
     assert message(directory) == "MODEL is quantized already; start from the full-precision model"
 
 
+def test_a_model_that_others_quantized(write: Any):
+    directory = write()
+    edit(directory, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(InputError, match="is quantized by bitsandbytes; trimfit reads what it writes itself"):
+        load_checkpoint(str(directory), quantized=True)
+    assert load_checkpoint(str(write("gpt2")), quantized=True).model.dtype == torch.float32
+
+
+def test_online_transformations_of_the_hub(monkeypatch: pytest.MonkeyPatch):
+    config = FAMILIES["llama"].build().config
+    config.quantization_config = {"quant_method": "trimfit", "packed": {}, "transforms": {}}
+    monkeypatch.setattr("trimfit.checkpoints.load.AutoConfig.from_pretrained", lambda source: config)
+    with pytest.raises(InputError, match="somebody/model has online transformations, which are read from a directory"):
+        load_checkpoint("somebody/model", quantized=True)
+
+
 def test_no_tokenizer(write: Any):
     directory = write()
     for file in directory.glob("tokenizer*"):

@@ -66,13 +66,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
-def make_model(vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
+def make_model(vocabulary: int = VOCABULARY, intermediate: int = 48) -> LlamaForCausalLM:
     """Two blocks of random bfloat16 weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=32,
-        intermediate_size=48,
+        intermediate_size=intermediate,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

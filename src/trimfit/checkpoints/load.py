@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from trimfit.checkpoints.shards import INDEX, SINGLE, shard_files
+from trimfit.checkpoints.online import attach_transforms, build_model, is_online, read_online
+from trimfit.checkpoints.packed import ONLINE
+from trimfit.checkpoints.shards import shard_files
 from trimfit.errors import InputError, first_line
 
 log = logging.getLogger(__name__)
@@ -30,24 +33,17 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerBase
 
 
-def load_checkpoint(source: str, device: torch.device | None = None) -> Checkpoint:
+def load_checkpoint(source: str, device: torch.device | None = None, *, quantized: bool = False) -> Checkpoint:
     """The model in the dtype of its checkpoint, on `device` (CPU by default), and its tokenizer.
 
-    `source` is a directory or a hub name. Raises `InputError` for anything that is not a whole, unquantized,
-    decoder-only language model with a tokenizer that fits.
+    `source` is a directory or a hub name. `quantized` also takes what `trimfit quantize` writes, packed or with online
+    transformations. Raises `InputError` for anything else that is not a whole, unquantized, decoder-only language model
+    with a tokenizer that fits.
     """
-    directory = Path(source).expanduser()
-    if directory.is_dir():
-        _check_files(directory)
-        source = str(directory)
-    elif directory.exists():
-        raise InputError(f"{source} is a file; give the model's directory")
-    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise InputError(f"there is no model directory {source}")
-    config = _load_config(source)
-    _check_architecture(source, config)
+    source, config = _open(source, quantized=quantized)
     tokenizer = _load_tokenizer(source)
-    model = _load_model(source, device or torch.device("cpu"))
+    model: Any = _load_model(source, config)
+    model = model.to(device or torch.device("cpu"))
     rows = model.get_input_embeddings().get_parameter("weight").shape[0]
     if tokenizer.vocab_size > rows:  # tokens added beyond it may be without a row, as Gemma 3's image token is
         raise InputError(
@@ -55,6 +51,25 @@ def load_checkpoint(source: str, device: torch.device | None = None) -> Checkpoi
             "it belongs to another model"
         )
     return Checkpoint(source, model, tokenizer)
+
+
+def load(directory: str | Path, *, merged: bool = False) -> PreTrainedModel:
+    """Loads any model that trimfit writes: dense, packed, or with online transformations. Public as `trimfit.load`.
+
+    **Arguments**
+
+    - `directory`: of the model. A hub name will do for all but online transformations.
+    - `merged`: multiplies online transformations into the weights, W = (W T) T⁻¹. That is an ordinary dense model, the
+      one that `trimfit.quantize` leaves in memory; it can be saved, compiled and trained.
+
+    **Returns** the model in the dtype of its checkpoint, on the CPU, in evaluation mode. Dense and packed ones are as
+    plain transformers loads them. With online transformations weights are ordinary ones W T in the model's dtype, and
+    T⁻¹ is applied to the inputs in the same dtype; such a model cannot be saved, and is no source for `prune` and
+    `quantize`. Raises `InputError` for a model that is incomplete, damaged, no decoder-only language model, or
+    quantized by something else.
+    """
+    source, config = _open(str(directory), quantized=True)
+    return _load_model(source, config, merged=merged)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -80,13 +95,31 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _check_files(directory: Path) -> None:
-    if not (directory / "config.json").is_file():
-        raise InputError(f"{directory} has no config.json, so it is not a Hugging Face model directory")
-    shards = shard_files(directory)
-    if not shards and not any(directory.glob("*.bin")):
+def _open(source: str, *, quantized: bool) -> tuple[str, PreTrainedConfig]:
+    """The source as transformers takes it, with its config, when all that is there without loading is in order."""
+    directory = Path(source).expanduser()
+    if directory.is_dir():
+        source = str(directory)
+        if not (directory / "config.json").is_file():
+            raise InputError(f"{directory} has no config.json, so it is not a Hugging Face model directory")
+    elif directory.exists():
+        raise InputError(f"{source} is a file; give the model's directory")
+    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise InputError(f"there is no model directory {source}")
+    config = _load_config(source)
+    _check_architecture(source, config)
+    _check_quantization(source, config, accepted=quantized)
+    if directory.is_dir():
+        _check_files(directory, ONLINE if is_online(config) else "model")
+    return source, config
+
+
+def _check_files(directory: Path, stem: str) -> None:
+    shards = shard_files(directory, stem)
+    if not shards and (stem == ONLINE or not any(directory.glob("*.bin"))):
         raise InputError(
-            f"{directory} has no weights ({SINGLE} or {INDEX}): the download is incomplete, fetch it again"
+            f"{directory} has no weights ({stem}.safetensors or {stem}.safetensors.index.json): "
+            "the download is incomplete, fetch it again"
         )
     for shard in shards:
         if not shard.is_file():
@@ -113,8 +146,19 @@ def _check_architecture(source: str, config: PreTrainedConfig) -> None:
     if config.is_encoder_decoder or (architectures and not remote and not causal.intersection(architectures)):
         what = architectures[0] if architectures else config.model_type
         raise InputError(f"{source} is a {what}, not a decoder-only language model (AutoModelForCausalLM)")
-    if getattr(config, "quantization_config", None):
+
+
+def _check_quantization(source: str, config: PreTrainedConfig, *, accepted: bool) -> None:
+    quantization: Any = getattr(config, "quantization_config", None)
+    if not quantization:
+        return
+    if not accepted:
         raise InputError(f"{source} is quantized already; start from the full-precision model")
+    method = quantization.get("quant_method")
+    if method not in (ONLINE, "compressed-tensors"):
+        raise InputError(f"{source} is quantized by {method}; trimfit reads what it writes itself, and the full model")
+    if method == ONLINE and not Path(source).is_dir():
+        raise InputError(f"{source} has online transformations, which are read from a directory only: download it")
 
 
 def _stored_dtype(source: str) -> torch.dtype | str:
@@ -129,14 +173,21 @@ def _stored_dtype(source: str) -> torch.dtype | str:
     return dtypes.pop() if len(dtypes) == 1 else "auto"
 
 
-def _load_model(source: str, device: torch.device) -> PreTrainedModel:
+def _load_model(source: str, config: PreTrainedConfig, *, merged: bool = False) -> PreTrainedModel:
+    online = None
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=_stored_dtype(source), output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        if is_online(config):
+            online = read_online(Path(source), config, merged=merged)
+            model, info = build_model(Path(source), config, online.weights)
+        else:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=_stored_dtype(source), output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            model, info = loaded
+    except InputError:
+        raise
     except Exception as error:  # transformers raises many kinds; each means that this model cannot be used
         raise InputError(f"the model {source} cannot be loaded: {first_line(error)}") from error
-    model, info = loaded
     if info["mismatched_keys"]:
         name = sorted(info["mismatched_keys"])[0][0]
         raise InputError(f"weights of {source} have other shapes than config.json says, {name} first")
@@ -149,7 +200,18 @@ def _load_model(source: str, device: torch.device) -> PreTrainedModel:
     unused = sorted(info["unexpected_keys"])
     if unused:
         log.warning("%d weights of %s are unknown to the model and left out, %s first", len(unused), source, unused[0])
-    return model.to(device).eval()
+    _check_packed(source, model)
+    if online is not None and online.inverses:
+        attach_transforms(model, online.inverses, config.quantization_config)
+    return model.eval()
+
+
+def _check_packed(source: str, model: PreTrainedModel) -> None:
+    """What transformers does not: that packed weights have the shapes that config.json says."""
+    for name, module in model.named_modules():
+        shape = getattr(module, "weight_shape", None)
+        if isinstance(shape, Tensor) and shape.tolist() != [module.out_features, module.in_features]:
+            raise InputError(f"weights of {source} have other shapes than config.json says, {name}.weight first")
 
 
 def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:

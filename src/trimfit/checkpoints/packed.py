@@ -1,6 +1,7 @@
 """Quantized weights in the format `pack-quantized` of compressed-tensors, which transformers and vLLM load."""
 
 import copy
+import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,14 +90,14 @@ def quantization_config(layers: Mapping[str, Grid], ignore: Sequence[str]) -> di
 
 
 def check_packable(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Raises `InputError` when a layer is no `torch.nn.Linear` or shares its weights, which the format cannot hold."""
+    """Raises `InputError` for layers the format cannot hold: not `torch.nn.Linear` itself, or with shared weights."""
     tied = _tied(model)
     for name in names:
         module = model.get_submodule(name)
-        if not isinstance(module, nn.Linear):
+        if type(module) is not nn.Linear:  # nor a subclass: transformers does not load Falcon's, packed
             raise InputError(
                 f"{name} is a {type(module).__name__}, but the pack-quantized format holds torch.nn.Linear only: "
-                "this model cannot be saved quantized"
+                "this model cannot be packed; --format dense holds the same weights"
             )
         if f"{name}.weight" in tied:
             raise InputError(f"{name} shares its weights with the embedding, so it cannot be packed; leave it as it is")
@@ -121,34 +122,42 @@ class PackedWriter:
     give a wrong model, so the files then have a name of their own that only `trimfit.load` looks for.
 
     - `model`: whose plain weights are written as they are when `finish` is called.
-    - `online`: whether there may be transformations.
     """
 
-    def __init__(self, model: PreTrainedModel, directory: Path, *, online: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, directory: Path) -> None:
         self._model, self._directory = model, directory
-        self._stem = ONLINE if online else "model"
-        self._writer = ShardWriter(directory, stem=self._stem)
+        self._writer = ShardWriter(directory)
         self._grids: dict[str, Grid] = {}
+        self._plain: set[str] = set()
         self._transforms: dict[str, str] = {}  # name of the tensor, by the layer's
-        self._stored: dict[int, str] = {}
+        self._stored: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # ids are used again, so they prove nothing
 
     def add(self, name: str, quantized: Quantized, inverse: Tensor | None = None) -> None:
-        """Takes one layer, with T⁻¹ if it has a transformation. Tensors must not change before `finish`."""
+        """Takes one layer, with T⁻¹ if it has a transformation. `RunError` if it cannot be unpacked again as it was."""
+        tensors = packed_tensors(name, quantized)
+        _check_packed(name, tensors, quantized)
         self._grids[name] = quantized.grid
-        self._writer.add(packed_tensors(name, quantized))
+        self._writer.add(tensors)
         if inverse is None:
             return
-        if id(inverse) not in self._stored:
-            self._stored[id(inverse)] = f"{name}.input_transform"
-            self._writer.add({f"{name}.input_transform": inverse})
-        self._transforms[name] = self._stored[id(inverse)]
+        stored = self._stored.get(id(inverse))
+        if stored is None or stored[0]() is not inverse:
+            stored = weakref.ref(inverse), f"{name}.input_transform"
+            self._stored[id(inverse)] = stored
+            self._writer.add({stored[1]: inverse})
+        self._transforms[name] = stored[1]
+
+    def add_plain(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes tensors of the model that are not packed, where `finish` shall not: it would write the model's own."""
+        self._plain |= tensors.keys()
+        self._writer.add(tensors)
 
     def finish(self) -> None:
         """Writes what is left and the configs, and reads all back; `RunError` if anything is not as it should be."""
-        self._writer.add(plain_tensors(self._model, self._grids))
-        self._writer.finish()
+        left = plain_tensors(self._model, self._grids)
+        self._writer.add({name: tensor for name, tensor in left.items() if name not in self._plain})
+        self._writer.finish(ONLINE if self._transforms else "model")
         finish_packed(self._model, self._grids, self._directory, self._transforms)
-        _verify(self._model, self._grids, self._transforms, shard_files(self._directory, self._stem))
 
 
 def finish_packed(
@@ -225,15 +234,8 @@ def _check_written(
         raise RunError(f"{wrong[0]} is {what} the quantized checkpoint; nothing was kept, please report this")
 
 
-def _verify(
-    model: PreTrainedModel, layers: Mapping[str, Grid], transforms: Mapping[str, str], shards: Sequence[Path]
-) -> None:
-    """Reads every packed layer again: without a transformation its levels must be the model's own weights."""
-    for shard in shards:
-        with safe_open(shard, framework="pt") as file:
-            for name in (key.removesuffix(".weight_packed") for key in set(file.keys()) if key.endswith("_packed")):
-                parts = [part for part in set(file.keys()) if part.rpartition(".")[0] == name]
-                levels = unpack(name, {part: file.get_tensor(part) for part in parts}, layers[name]).dequantize()
-                expected = model.get_submodule(name).get_parameter("weight").detach().cpu()
-                if name not in transforms and not torch.equal(levels.to(expected.dtype), expected):
-                    raise RunError(f"{name} is not the same after packing; nothing was kept, please report this")
+def _check_packed(name: str, tensors: Mapping[str, Tensor], quantized: Quantized) -> None:
+    found = unpack(name, tensors, quantized.grid)
+    pairs = ((found.codes, quantized.codes), (found.scale, quantized.scale), (found.zero_point, quantized.zero_point))
+    if not all(torch.equal(*pair) for pair in pairs):
+        raise RunError(f"{name} is not the same after packing; nothing was kept, please report this")

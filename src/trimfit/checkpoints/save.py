@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
-from transformers.utils.hub import cached_file
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from trimfit.checkpoints.atomic import SIDECAR, atomic_directory
 from trimfit.checkpoints.load import Checkpoint
-from trimfit.checkpoints.shards import merge, shard_map
+from trimfit.checkpoints.shards import merge, shard_map, source_directory
 from trimfit.errors import RunError
 
 
@@ -54,7 +53,8 @@ def _save_model(checkpoint: Checkpoint, directory: Path) -> None:
     model = checkpoint.model
     generation = model.generation_config
     model.generation_config = GenerationConfig()
-    shards = _source_shards(checkpoint.source)
+    source = source_directory(checkpoint.source)
+    shards = shard_map(source) if source else {}
     try:
         if shards:
             parts = directory / "parts"
@@ -66,14 +66,6 @@ def _save_model(checkpoint: Checkpoint, directory: Path) -> None:
         model.generation_config = generation
     if model.can_generate():
         generation.to_json_file(directory / GENERATION_CONFIG_NAME)
-
-
-def _source_shards(source: str) -> dict[str, str]:
-    try:
-        config = cached_file(source, CONFIG_NAME, local_files_only=True)  # in the directory or the cache of the hub
-    except (OSError, ValueError):  # a model that was not loaded from anywhere
-        config = None
-    return shard_map(Path(config).parent) if config else {}
 
 
 def _check_space(checkpoint: Checkpoint, directory: Path) -> None:

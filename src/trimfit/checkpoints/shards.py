@@ -8,6 +8,8 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file
 
 from trimfit.errors import InputError
 
@@ -24,6 +26,15 @@ def shard_map(directory: Path, stem: str = "model") -> dict[str, str]:
         return {name: Path(file).name for name, file in json.loads(index.read_text())["weight_map"].items()}
     except (ValueError, KeyError, AttributeError, TypeError):
         raise InputError(f"{index} is damaged: download the model again") from None
+
+
+def source_directory(source: str) -> Path | None:
+    """Where the files of a directory or hub name are; None for a model that was not loaded from anywhere."""
+    try:
+        config = cached_file(source, CONFIG_NAME, local_files_only=True)  # in the directory or the cache of the hub
+    except (OSError, ValueError):
+        return None
+    return Path(config).parent if config else None
 
 
 def shard_files(directory: Path, stem: str = "model") -> list[Path]:
@@ -45,7 +56,7 @@ def merge(parts: Path, directory: Path, shards: Mapping[str, str]) -> None:
     index["weight_map"] = {name: shards.get(name, max(shards.values())) for name in files}
     for shard in sorted(set(index["weight_map"].values())):
         names = [name for name in files if index["weight_map"][name] == shard]
-        save_file({name: _read(parts / files[name], name) for name in names}, directory / shard, {"format": "pt"})
+        save_file({name: read_tensor(parts / files[name], name) for name in names}, directory / shard, {"format": "pt"})
         for name in names:
             (parts / files[name]).unlink()
     (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -55,6 +66,7 @@ def merge(parts: Path, directory: Path, shards: Mapping[str, str]) -> None:
     parts.rmdir()
 
 
-def _read(file: Path, name: str) -> Tensor:
+def read_tensor(file: Path, name: str) -> Tensor:
+    """One tensor, mapped from the file for as long as there is a view of it; what is changed in it stays in memory."""
     with safe_open(file, framework="pt") as tensors:
         return tensors.get_tensor(name)

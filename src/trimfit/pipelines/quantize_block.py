@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from trimfit.errors import RunError
 from trimfit.models import Block, Folds, Layer, ValueOutput
 from trimfit.pipelines.checks import naming
 from trimfit.pipelines.fold_block import fold_block, is_pruned
@@ -166,11 +167,13 @@ class BlockWork:
         return best_transform(weights, self.config.grid.fitted(width), size)
 
     def record(self, name: str, device: torch.device) -> QuantizedRecord:
-        """What is known of a finished layer."""
+        """What is known of a finished layer. Raises `RunError` if a zero of a pruned layer is none any more."""
         done, exact = self.layers[name], self.weights[name]
         weight = done.weight.float()
         grid = done.quantized.grid
         rows, width = exact.shape
+        if self._pruned[name] and (weight[exact == 0] != 0).any():
+            raise RunError(f"{name} lost zeros of its pattern in quantization; nothing was kept, please report this")
         zeros = (weight == 0).float().mean().item()
         applied = [*self._folded[name], *([] if done.transform is None else [f"online {done.transform.name}"])]
         return QuantizedRecord(

@@ -18,6 +18,7 @@ from trimfit.checkpoints import (
 )
 from trimfit.checkpoints.gguf import check_gguf, write_gguf
 from trimfit.checkpoints.packed import PackedWriter, check_packable
+from trimfit.checkpoints.stream import Stream, open_stream
 from trimfit.errors import InputError
 from trimfit.models import find_blocks, select_layers
 from trimfit.pipelines.observer import Observer, Silent
@@ -25,6 +26,7 @@ from trimfit.pipelines.prune_checkpoint import FORMAT, check_source_stays
 from trimfit.pipelines.quantize import quantize
 from trimfit.pipelines.quantize_config import QuantizeConfig
 from trimfit.pipelines.quantize_records import QuantizeReport
+from trimfit.pipelines.quantize_stream import check_stream, quantize_stream
 from trimfit.pipelines.windows import SAMPLED, digest, draw_windows
 from trimfit.quant import Quantized
 from trimfit.quant.blocks import BlockTransform
@@ -40,6 +42,8 @@ def check_format(name: str, config: QuantizeConfig) -> Format:
         raise InputError(f"unknown format {name!r}: choose one of {', '.join(_FORMATS)}")
     if found == "gguf" and config.transform == "online":
         raise InputError("a GGUF file cannot hold online transformations: use another --transform, or --format packed")
+    if found == "gguf" and not (config.symmetric and config.bits in (4, 8)):
+        raise InputError("a GGUF file holds symmetric grids of 4 or 8 bits: give --symmetric, and --bits 4 or 8")
     return found
 
 
@@ -61,16 +65,18 @@ def quantize_checkpoint(
       transformations it is one that only `trimfit.load` does. "dense" holds the levels as ordinary weights. "gguf" is
       one file for llama.cpp, for the grids that it can hold exactly.
 
-    Nothing is written before everything is done and checked. Raises `InputError` for an `out` that would replace
-    `source` and for models that the format cannot hold; other errors: see `load_checkpoint`, `CalibrationConfig`,
-    `quantize`, `save_checkpoint`.
+    "packed" without calibration holds one decoder block in memory at a time, if `open_stream` can read the files so;
+    everything else holds the model. Nothing is written before everything is done and checked. Raises `InputError` for
+    an `out` that would replace `source` and for models that the format cannot hold; other errors: see
+    `load_checkpoint`, `CalibrationConfig`, `quantize`, `save_checkpoint`.
     """
     observer = observer or Silent()
     if overwrite:
         check_source_stays(source, out)
     check_output(out, overwrite)
     observer.stage(f"loading {source}")
-    checkpoint = load_checkpoint(source, device)
+    stream = open_stream(source, device) if format == "packed" and calibration is None else None
+    checkpoint = load_checkpoint(source, device) if stream is None else stream.checkpoint
     model = checkpoint.model
     layers = [layer for block in select_layers(model, find_blocks(model), config.ignore) for layer in block.layers]
     if format == "packed":
@@ -85,13 +91,16 @@ def quantize_checkpoint(
         "format": FORMAT,
         "source": checkpoint.source,
         "calibration": None if calibration is None else calibration.model_dump(),
-        "device": str(model.device),
-        "fingerprints": {"model": fingerprint(model), "tokens": None if windows is None else digest(windows)},
+        "device": str(model.device if stream is None else stream.device),
+        "fingerprints": {
+            "model": fingerprint(model) if stream is None else check_stream(stream),
+            "tokens": None if windows is None else digest(windows),
+        },
         "self_sample": sample.record() if sample else None,
     }
     with atomic_directory(out, overwrite) as beside:
         if format == "packed":
-            report = _packed(checkpoint, config, windows, beside, sidecar, observer)
+            report = _packed(stream or checkpoint, config, windows, beside, sidecar, observer)
         elif format == "gguf":
             report = _gguf(checkpoint, config, windows, beside, sidecar, observer)
         else:
@@ -105,7 +114,7 @@ def quantize_checkpoint(
 
 
 def _packed(
-    checkpoint: Checkpoint,
+    opened: Checkpoint | Stream,
     config: QuantizeConfig,
     windows: Tensor | None,
     directory: Path,
@@ -113,12 +122,16 @@ def _packed(
     observer: Observer,
 ) -> QuantizeReport:
     """Layers are written as they come; what is not quantized follows, as folds may change it until the end."""
-    writer = PackedWriter(checkpoint.model, directory, online=config.transform == "online")
+    checkpoint = opened.checkpoint if isinstance(opened, Stream) else opened
+    writer = PackedWriter(checkpoint.model, directory)
 
     def sink(name: str, quantized: Quantized, transform: BlockTransform | None) -> None:
         writer.add(name, quantized, None if transform is None else transform.inverses)
 
-    report = quantize(checkpoint.model, config, windows, observer=observer, sink=sink)
+    if isinstance(opened, Stream):
+        report = quantize_stream(opened, config, observer=observer, sink=sink, keep=writer.add_plain)
+    else:
+        report = quantize(checkpoint.model, config, windows, observer=observer, sink=sink)
     observer.stage("writing the checkpoint")
     writer.finish()
     checkpoint.tokenizer.save_pretrained(directory)

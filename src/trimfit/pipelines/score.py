@@ -22,13 +22,13 @@ def score_checkpoint(
 ) -> Score:
     """Perplexity and bits per byte of a model directory or hub name on `text`, a source as for calibration.
 
-    "demo" is the standard-library modules kept aside for evaluation. `window` is capped by the model's context,
-    which it is when None, but at most 2048.
+    The model may be quantized, if trimfit wrote it. "demo" is the standard-library modules kept aside for evaluation.
+    `window` is capped by the model's context, which it is when None, but at most 2048.
     """
     observer = observer or Silent()
     documents = read_modules(EVALUATION) if text == "demo" else read_documents(text, field=field, split=split)
     observer.stage(f"loading {source}")
-    checkpoint = load_checkpoint(source, device)
+    checkpoint = load_checkpoint(source, device, quantized=True)
     observer.stage(f"scoring {text}")
     length = window_length(window, checkpoint.model.config)
     return score_text(checkpoint.model, checkpoint.tokenizer, documents, length=length, limit_windows=limit)

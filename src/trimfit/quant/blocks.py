@@ -53,7 +53,7 @@ class BlockTransform:
 
     def inputs(self, x: Tensor) -> Tensor:
         """T⁻¹ x for each x in (…, n)."""
-        return _right(x.flatten(0, -2), self.inverses.transpose(1, 2)).view_as(x)
+        return _right(x[None].flatten(0, -2), self.inverses.transpose(1, 2)).view_as(x)
 
 
 def block_size(width: int, largest: int) -> int:
@@ -74,8 +74,10 @@ def candidates(weights: Sequence[Tensor], size: int) -> list[BlockTransform]:
     values, vectors = torch.linalg.eigh(blocks.transpose(1, 2) @ blocks)
     mean = values.mean(1, keepdim=True)
     spread = torch.where(mean > 0, values / mean, 1).clamp(min=_FLOOR)
-    root = spread.pow(0.25)
-    root = root / root.log().mean(1, keepdim=True).exp()
+    # Blocks keep their sizes relative to each other: where a group spans several, the optimum is one for all of them.
+    share = torch.where(mean > 0, mean / mean.mean(), 1).clamp(min=_FLOOR)
+    root = (spread * share).pow(0.25)
+    root = root / root.log().mean().exp()
     shrink = (vectors / root[:, None, :]) @ vectors.transpose(1, 2)
     grow = (vectors * root[:, None, :]) @ vectors.transpose(1, 2)
     # Mixed in the eigenbasis, in which Σ is diagonal: only there does a flat rotation give equal columns.
@@ -91,7 +93,9 @@ def candidates(weights: Sequence[Tensor], size: int) -> list[BlockTransform]:
     ]
 
 
-def best_transform(weights: Sequence[Tensor], grid: Grid, size: int, gram: Tensor | None) -> BlockTransform | None:
+def best_transform(
+    weights: Sequence[Tensor], grid: Grid, size: int, gram: Tensor | None = None
+) -> BlockTransform | None:
     """The candidate with the least true error of the quantized weights, rounded to nearest; None for the identity.
 
     - `weights`: (out, n) each, sharing their inputs, whose Gram matrix is `gram` (n, n), or white noise where None.

@@ -1,0 +1,130 @@
+"""Block-diagonal transformations learned by gradient descent: the paper's own form (arXiv 2511.19705, section 4.1).
+
+The paper trains an invertible matrix that need not be orthogonal; its loss and its optimiser are not known, so these
+are ours. A rounded weight is off by noise of variance s²/12, where the step s of its group follows the group's range.
+With U = W T and C the second moment of the inputs, the layer's expected error is, up to a constant,
+
+    Σ_groups  (Σ_rows range²(U_{row,group})) · Σ_{j in group} (T⁻¹ C T⁻ᵀ)_jj
+
+Closed forms put the mean square of a group in place of its squared range, which knows nothing of outliers. Here it is
+the p-norm of the group, a smooth maximum. The straight-through gradient of the true error is that of the plain maximum,
+as everything else in it cancels, so nothing is lost by leaving the rounding itself out. A group may span several blocks
+or be a part of one.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trimfit.quant.blocks import BlockTransform
+from trimfit.quant.grid import Grid
+
+LEARNING_RATE = 2e-2  # of the entries of M, which begins as the identity
+ROWS = 1024  # in one step; larger layers have other rows in the next
+_DAMPING = 0.01  # of C, of its mean diagonal: without it T could grow without bound where inputs are silent
+_LARGEST_CONDITION = 100.0  # of a block of M, in Frobenius norms over b; others stay as they began
+_LEAST = 1e-4  # of the largest weight: a range smaller than that cannot matter, and its powers would vanish
+
+
+def learned_transform(
+    weights: Sequence[Tensor],
+    size: int,
+    grid: Grid,
+    start: BlockTransform,
+    gram: Tensor | None = None,
+    *,
+    steps: int,
+    learning_rate: float = LEARNING_RATE,
+) -> BlockTransform:
+    """`start` times diag(M_1, …, M_k), learned by Adam from M = I at a rate that falls to 0. Deterministic.
+
+    - `weights`: (out, n) each, sharing their inputs, whose Gram matrix is `gram` (n, n), or white noise where None.
+    - `size`: of the blocks, that of `start`. `grid`: fitted to n.
+
+    Nothing says that the rounded weights are nearer than with `start`: compare them (`best_transform`).
+    """
+    surrogate = Surrogate(weights, size, grid, start, gram)
+    m = torch.eye(size, device=start.matrices.device).repeat(len(start.matrices), 1, 1)
+    optimizer = torch.optim.Adam([m], lr=learning_rate)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
+        m.grad = surrogate.value_and_gradient(m, step)[1]
+        optimizer.step()
+    m = m.double()
+    inverse, _ = torch.linalg.inv_ex(m)
+    condition = torch.linalg.matrix_norm(m) * torch.linalg.matrix_norm(inverse) / size
+    safe = (condition < _LARGEST_CONDITION)[:, None, None]  # never for NaN
+    identity = torch.eye(size, dtype=m.dtype, device=m.device)
+    matrices = start.matrices.double() @ torch.where(safe, m, identity)
+    inverses = torch.where(safe, inverse, identity) @ start.inverses.double()
+    return BlockTransform(matrices.float(), inverses.float(), f"learned from {start.name}")
+
+
+class Surrogate:
+    """The expected error as a function of M, for U = W · start · M, relative to its value at M = I."""
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        size: int,
+        grid: Grid,
+        start: BlockTransform,
+        gram: Tensor | None = None,
+    ):
+        stacked = torch.cat([weight.detach().float() for weight in weights])
+        largest = stacked.abs().amax().clamp(min=torch.finfo(stacked.dtype).tiny)  # or squares vanish or overflow
+        self._weight = start.forward(stacked / largest)
+        self._batches = -(-len(stacked) // ROWS)
+        self._group = grid.group_size or stacked.shape[1]
+        self._symmetric = grid.symmetric
+        undone = start.inverses
+        self._noise = undone @ undone.mT if gram is None else undone @ _diagonal_blocks(gram, size) @ undone.mT
+        self._unit = 1.0
+        self._unit = self.value_and_gradient(torch.eye(size, device=undone.device).expand_as(undone), 0)[0] or 1.0
+
+    def value_and_gradient(self, m: Tensor, step: int) -> tuple[float, Tensor]:
+        """Value and gradient (k, b, b) at M (k, b, b), with the rows whose turn it is in that step."""
+        count, size, _ = m.shape
+        weight = self._weight[step % self._batches :: self._batches]
+        blocks = weight.unflatten(1, (count, size)).transpose(0, 1)  # (k, rows, b)
+        moved = (blocks @ m).transpose(0, 1).reshape(len(weight), -1, self._group)
+        squares, slope = _squared_ranges(moved, self._symmetric)  # (groups,), (rows, groups, g)
+
+        inverse, _ = torch.linalg.inv_ex(m)
+        undone = inverse @ self._noise
+        noise = (undone * inverse).sum(2).view(-1, self._group).sum(1)  # (groups,)
+        slope = slope.mul_(noise[:, None]).view(len(weight), count, size).transpose(0, 1)
+        column = squares.repeat_interleave(self._group).view(count, size, 1)
+        gradient = blocks.mT @ slope - inverse.mT @ (2 * column * undone) @ inverse.mT
+        return (squares @ noise).item() / self._unit, gradient * (count / self._unit)
+
+
+def _diagonal_blocks(gram: Tensor, size: int) -> Tensor:
+    """(k, b, b) blocks of the damped Gram matrix; others do not matter to errors that are not correlated."""
+    damped = gram.float() / gram.diagonal().mean()
+    damped.diagonal().add_(_DAMPING)
+    return damped.unflatten(0, (-1, size)).unflatten(2, (-1, size)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def _squared_ranges(groups: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Σ_rows range² (G,) of the groups (rows, G, g), and its derivative (rows, G, g).
+
+    The range is ‖positive part‖₈ + ‖negative part‖₈, or ‖all‖₈ on a symmetric grid, up to a factor.
+    """
+    if symmetric:
+        norm, slope = _eighth_norm(groups)
+        return norm.square().sum((0, 2)), slope.mul_(2 * norm)
+    above = groups.clamp(min=0)
+    high, rise = _eighth_norm(above)
+    low, fall = _eighth_norm(above.sub_(groups))
+    span = high + low
+    return span.square().sum((0, 2)), rise.sub_(fall).mul_(2 * span)
+
+
+def _eighth_norm(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """‖·‖₈ (rows, G, 1) of the groups (rows, G, g), and its derivative (rows, G, g)."""
+    square = groups * groups
+    fourth = square * square
+    norm = torch.linalg.vector_norm(fourth, dim=2, keepdim=True).pow_(0.25).clamp_(min=_LEAST)
+    return norm, fourth.mul_(square).mul_(groups).div_(norm.pow(7))

@@ -13,6 +13,7 @@ from trimfit.errors import InputError, RunError, TrimfitError
 if TYPE_CHECKING:
     from trimfit.calibration import CalibrationConfig
     from trimfit.checkpoints import load_checkpoint
+    from trimfit.checkpoints.load import load
     from trimfit.evaluate import Score, perplexity, score_text
     from trimfit.pipelines import (
         PruneConfig,
@@ -49,6 +50,7 @@ _HOME = {
     "RefitSolution": "trimfit.refit",
     "Score": "trimfit.evaluate",
     "Status": "trimfit.refit",
+    "load": "trimfit.checkpoints.load",
     "load_checkpoint": "trimfit.checkpoints",
     "perplexity": "trimfit.evaluate",
     "prune": "trimfit.pipelines",
@@ -75,6 +77,7 @@ __all__ = [
     "Score",
     "Status",
     "TrimfitError",
+    "load",
     "load_checkpoint",
     "perplexity",
     "prune",

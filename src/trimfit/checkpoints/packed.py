@@ -144,7 +144,7 @@ class PackedWriter:
         if stored is None or stored[0]() is not inverse:
             stored = weakref.ref(inverse), f"{name}.input_transform"
             self._stored[id(inverse)] = stored
-            self._writer.add({stored[1]: inverse})
+            self._writer.add({stored[1]: inverse.to(self._model.dtype)})  # in which it is applied
         self._transforms[name] = stored[1]
 
     def add_plain(self, tensors: Mapping[str, Tensor]) -> None:

@@ -124,6 +124,9 @@ def quantize(
         str, typer.Option(help="alternating (error feedback; V and O in turns) or nearest.")
     ] = "alternating",
     block_size: Annotated[int, typer.Option(help="Of online transformations, at most 128.")] = 128,
+    learned_steps: Annotated[
+        int, typer.Option(help="Of gradient descent for online transformations; 0: closed forms only.")
+    ] = 100,
     damping: Annotated[
         float | None, typer.Option(help="λ in H + λ·mean(diag H)·I. [default: 0.01 with calibration, 0.5 without]")
     ] = None,
@@ -134,7 +137,7 @@ def quantize(
         str | None,
         typer.Option(
             help="self (text that MODEL writes itself), text file, .jsonl, .npy/.safetensors of ids, hub data set, or "
-            " 'demo'. [default: no data, no forward pass]"
+            "'demo'. [default: no data, no forward pass]"
         ),
     ] = None,
     field: Annotated[str, typer.Option(help="Field with the text in .jsonl or a data set.")] = "text",
@@ -165,6 +168,7 @@ def quantize(
         "transform": transform,
         "rounding": rounding,
         "block_size": block_size,
+        "learned_steps": learned_steps,
         "damping": damping,
         "ignore": tuple(ignore or ()),
         "batch_size": batch_size,

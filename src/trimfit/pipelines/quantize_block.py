@@ -16,6 +16,7 @@ from trimfit.pipelines.quantize_records import QuantizedRecord
 from trimfit.pipelines.records import peak_memory
 from trimfit.quant import Grid, Quantized, place_levels
 from trimfit.quant.blocks import BlockTransform, best_transform, block_size
+from trimfit.quant.learned import learned_transform
 from trimfit.quant.pair_rounding import Pair, round_pair
 from trimfit.quant.rounding import gram_error, round_to_gram
 from trimfit.refit import FactoredGram
@@ -164,7 +165,12 @@ class BlockWork:
         weights = [self.weights[layer.name] for layer in layers]
         width = weights[0].shape[1]
         size = block_size(width, self.config.block_size)
-        return best_transform(weights, self.config.grid.fitted(width), size)
+        grid, steps = self.config.grid.fitted(width), self.config.learned_steps
+
+        def learn(start: BlockTransform) -> BlockTransform:
+            return learned_transform(weights, size, grid, start, steps=steps)
+
+        return best_transform(weights, grid, size, learn=learn if steps else None)
 
     def record(self, name: str, device: torch.device) -> QuantizedRecord:
         """What is known of a finished layer. Raises `RunError` if a zero of a pruned layer is none any more."""
@@ -196,7 +202,8 @@ class BlockWork:
         if transform is None:
             return 0.0
         shared = sum(done.quantized.codes.numel() for done in self.layers.values() if done.transform is transform)
-        return transform.inverses.numel() * transform.inverses.element_size() * 8 / shared
+        bits = next(iter(self._dtypes.values())).itemsize * 8  # stored in the dtype of the model
+        return transform.inverses.numel() * bits / shared
 
 
 def _round(

@@ -24,6 +24,7 @@ class QuantizeConfig(BaseModel):
       block-diagonal transformations that the inputs go through at run time; "none" nothing.
     - `rounding`: "alternating" is error feedback against the layer's Gram matrix, with V and O in turns; "nearest".
     - `block_size`: of online transformations, at most 128; the largest divisor of the width that is no larger.
+    - `learned_steps`: of gradient descent for online transformations; with 0 only closed forms are tried.
     - `damping`: λ in H + λ·mean(diag H)·I; None is 0.01 with calibration and 0.5 without.
     - `ignore`: layers that stay as they are, as globs or "re:" patterns.
     - `batch_size`: windows in one forward pass, with calibration.
@@ -37,6 +38,7 @@ class QuantizeConfig(BaseModel):
     transform: Transform = "free"
     rounding: Literal["nearest", "alternating"] = "alternating"
     block_size: int = Field(default=128, ge=2, le=LARGEST_BLOCK)
+    learned_steps: int = Field(default=100, ge=0, le=2**20)
     damping: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     ignore: tuple[str, ...] = ()
     batch_size: int = Field(default=8, ge=1, le=2**20)

@@ -7,7 +7,7 @@ S = T Tᵀ costs tr(Σ S)·tr(S⁻¹ C), Σ = WᵀW, C the second moment of the 
 (tr Σ^{1/2})² / (b·tr Σ) ≤ 1. A flat rotation (Hadamard) after it spreads what outliers remain.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,12 +94,18 @@ def candidates(weights: Sequence[Tensor], size: int) -> list[BlockTransform]:
 
 
 def best_transform(
-    weights: Sequence[Tensor], grid: Grid, size: int, gram: Tensor | None = None
+    weights: Sequence[Tensor],
+    grid: Grid,
+    size: int,
+    gram: Tensor | None = None,
+    *,
+    learn: Callable[[BlockTransform], BlockTransform] | None = None,
 ) -> BlockTransform | None:
     """The candidate with the least true error of the quantized weights, rounded to nearest; None for the identity.
 
     - `weights`: (out, n) each, sharing their inputs, whose Gram matrix is `gram` (n, n), or white noise where None.
     - `grid`: fitted to n. `size`: of the blocks, a divisor of n.
+    - `learn`: makes one more candidate from the best of the others, such as by `learned_transform`.
     """
 
     def error(transform: BlockTransform) -> float:
@@ -110,7 +116,12 @@ def best_transform(
             total += (lost.square().sum() if gram is None else ((lost @ gram.to(lost)) * lost).sum()).item()
         return total
 
-    best = min(candidates(weights, size), key=error)
+    found = candidates(weights, size)
+    errors = [error(transform) for transform in found]
+    best = found[errors.index(min(errors))]
+    if learn is not None:
+        learned = learn(best)
+        best = learned if error(learned) < min(errors) else best
     return None if best.name == "identity" else best
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trimfit.quant.blocks import BlockTransform
 from trimfit.quant.grid import Grid
+from trimfit.refit.gram import widest
 
 LEARNING_RATE = 2e-2  # of the entries of M, which begins as the identity
 ROWS = 1024  # in one step; larger layers have other rows in the next
@@ -51,13 +52,13 @@ def learned_transform(
         optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
         m.grad = surrogate.value_and_gradient(m, step)[1]
         optimizer.step()
-    m = m.double()
+    m = m.to(widest(m.device))
     inverse, _ = torch.linalg.inv_ex(m)
     condition = torch.linalg.matrix_norm(m) * torch.linalg.matrix_norm(inverse) / size
     safe = (condition < _LARGEST_CONDITION)[:, None, None]  # never for NaN
     identity = torch.eye(size, dtype=m.dtype, device=m.device)
-    matrices = start.matrices.double() @ torch.where(safe, m, identity)
-    inverses = torch.where(safe, inverse, identity) @ start.inverses.double()
+    matrices = start.matrices.to(m) @ torch.where(safe, m, identity)
+    inverses = torch.where(safe, inverse, identity) @ start.inverses.to(m)
     return BlockTransform(matrices.float(), inverses.float(), f"learned from {start.name}")
 
 

@@ -119,11 +119,12 @@ PEERS: dict[str, tuple[Quantize, str]] = {
 }
 OURS: dict[str, tuple[Quantize, str]] = {
     "free": (ours(transform="free"), ""),
-    "online": (ours(transform="online"), ""),
+    "online": (ours(transform="online", learned_steps=0), ""),
+    "online, learned": (ours(transform="online"), ""),
     "free, self": (ours(transform="free"), "self"),
-    "online, self": (ours(transform="online"), "self"),
+    "online, self": (ours(transform="online", learned_steps=0), "self"),
     "free, text": (ours(transform="free"), "text"),
-    "online, text": (ours(transform="online"), "text"),
+    "online, text": (ours(transform="online", learned_steps=0), "text"),
 }
 ABLATION: dict[str, tuple[Quantize, str]] = {
     "nearest": (layer_by_layer(lambda w, g: nearest(w, g, clip=False)), ""),
@@ -136,9 +137,9 @@ ABLATION: dict[str, tuple[Quantize, str]] = {
     "alternating rounding alone": (ours(transform="none"), ""),
     "alternating rounding, pairs": (ours(transform="pairs"), ""),
     "alternating rounding, the paper's pairs": (ours(transform="paper"), ""),
-    "online, nearest": (ours(transform="online", rounding="nearest"), ""),
-    "online, alternating": (ours(transform="online"), ""),
-    "online, blocks of 32": (ours(transform="online", block_size=32), ""),
+    "online, nearest": (ours(transform="online", rounding="nearest", learned_steps=0), ""),
+    "online, alternating": (ours(transform="online", learned_steps=0), ""),
+    "online, blocks of 32": (ours(transform="online", block_size=32, learned_steps=0), ""),
 }
 SETS = {"peers": {**PEERS, **OURS}, "ablation": ABLATION}
 CALIBRATION_FREE = ("round to nearest", "hqq", "sinq", "sinq + hqq")

@@ -10,9 +10,20 @@ import numpy as np
 import pytest
 import torch
 from cli_helpers import Outcome, is_one_sentence, make_model, make_tokenizer, nothing_but, save_model, trimfit
-from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTForImageClassification
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from trimfit import QuantizeConfig, quantize_checkpoint
 
 Here = Callable[..., Outcome]
+CPU = torch.device("cpu")
+QUANTIZE = "quantize {tiny} -o {out}"
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -74,6 +85,12 @@ def broken(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         with torch.no_grad():
             model.get_parameter(f"{tensor}.weight").view(-1)[7] = torch.inf if name == "infinite" else torch.nan
         save_model(add(name, root / name), model)
+
+    gpt2 = GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=1)
+    save_model(add("gpt2", root / "gpt2"), GPT2LMHeadModel(gpt2))
+    for name in ("free", "online"):
+        config = QuantizeConfig.model_validate({"transform": name, "rounding": "nearest"})
+        quantize_checkpoint(str(tiny), add(f"quantized_{name}", root / f"quantized_{name}"), config, device=CPU)
 
     add("missing", root / "missing")
     add("empty", root / "empty.txt").write_bytes(b"")
@@ -157,6 +174,72 @@ CHEAP = {
     "file as output": Bad("--overwrite", ("words.txt", "file"), command="prune {tiny} -o {text}"),
     "the model as output": Bad("--overwrite", ("destroy", "tiny"), command="prune {tiny} -o {tiny}"),
     "the model inside the output": Bad("--overwrite", ("destroy", "tiny"), command="prune {tiny} -o {tiny}/.."),
+    "one bit": Bad("--bits 1", ("--bits", "2", "1"), command=QUANTIZE),
+    "nine bits": Bad("--bits 9", ("--bits", "8", "9"), command=QUANTIZE),
+    "bits that are no number": Bad("--bits three", ("--bits", "integer"), command=QUANTIZE),
+    "groups of none": Bad("--group-size 0", ("--group-size", "'0'"), command=QUANTIZE),
+    "negative groups": Bad("--group-size -64", ("--group-size", "'-64'"), command=QUANTIZE),
+    "groups that are no number": Bad("--group-size abc", ("group size", "'channel'", "'abc'"), command=QUANTIZE),
+    "huge groups": Bad("--group-size 99999999", ("group size", "'channel'"), command=QUANTIZE),
+    "unknown transform": Bad("--transform best", ("--transform", "pairs", "online", "best"), command=QUANTIZE),
+    "unknown rounding": Bad("--rounding up", ("--rounding", "nearest", "alternating", "up"), command=QUANTIZE),
+    "unknown format": Bad("--format onnx", ("format", "'onnx'", "packed, dense, gguf"), command=QUANTIZE),
+    "no transformation blocks": Bad("--block-size 0", ("--block-size", "0"), command=QUANTIZE),
+    "large transformation blocks": Bad("--block-size 1000", ("--block-size", "128", "1000"), command=QUANTIZE),
+    "negative damping of quantization": Bad("--damping -1", ("--damping", "-1"), command=QUANTIZE),
+    "infinite damping of quantization": Bad("--damping inf", ("--damping", "inf"), command=QUANTIZE),
+    "quantizing in no batch": Bad("--batch-size 0", ("--batch-size", "0"), command=QUANTIZE),
+    "quantizing on an unknown device": Bad("--device tpu9", ("tpu9", "--device"), command=QUANTIZE),
+    "quantizing nothing": Bad("--ignore re:.", ("no layer",), command=QUANTIZE),
+    "quantizing what is not there": Bad("--ignore *.q", ("'*.q'", "model.layers.0."), command=QUANTIZE),
+    "an expression that does not end": Bad("--ignore re:(", ("re:(",), command=QUANTIZE),
+    "quantizing without output": Bad("", ("--output", "quantize --help"), command="quantize {tiny}"),
+    "quantizing without model": Bad("", ("MODEL", "quantize --help"), command="quantize -o {out}"),
+    "quantizing a missing model": Bad("", ("missing",), command="quantize {missing} -o {out}"),
+    "quantizing a text": Bad("", ("words.txt", "file"), command="quantize {text} -o {out}"),
+    "quantizing an encoder": Bad("", ("BertForMaskedLM", "decoder-only"), command="quantize {encoder} -o {out}"),
+    "quantizing what is quantized": Bad(
+        "", ("quantized_free", "already", "full-precision"), command="quantize {quantized_free} -o {out}"
+    ),
+    "quantizing what is transformed": Bad(
+        "", ("quantized_online", "already", "full-precision"), command="quantize {quantized_online} -o {out}"
+    ),
+    "pruning what is quantized": Bad(
+        "", ("quantized_free", "already", "full-precision"), command="prune {quantized_free} -o {out}"
+    ),
+    "quantizing NaN": Bad("", ("model.layers.1.mlp.down_proj", "NaN"), command="quantize {nan} -o {out}"),
+    "quantizing NaN densely": Bad(
+        "--format dense", ("model.layers.1.mlp.down_proj", "NaN"), command="quantize {nan} -o {out}"
+    ),
+    "quantizing with infinite norms": Bad("", ("model.norm", "infinite"), command="quantize {infinite} -o {out}"),
+    "quantizing half a download": Bad("", ("incomplete", "model-"), command="quantize {no_shard} -o {out}"),
+    "quantizing a truncated file": Bad("", ("damaged",), command="quantize {truncated} -o {out}"),
+    "packing what cannot be packed": Bad("", ("Conv1D", "--format dense"), command="quantize {gpt2} -o {out}"),
+    "GGUF of another family": Bad(
+        "--format gguf --symmetric", ("gpt2", "llama, mistral"), command="quantize {gpt2} -o {out}"
+    ),
+    "GGUF with online transformations": Bad(
+        "--format gguf --transform online", ("GGUF", "--format packed"), command=QUANTIZE
+    ),
+    "GGUF with zero points": Bad("--format gguf", ("GGUF", "--symmetric"), command=QUANTIZE),
+    "GGUF of three bits": Bad("--format gguf --symmetric --bits 3", ("GGUF", "4 or 8"), command=QUANTIZE),
+    "GGUF of widths that do not fit": Bad(
+        "--format gguf --symmetric --group-size 32", ("down_proj", "48", "--ignore"), command=QUANTIZE
+    ),
+    "quantizing with a missing text": Bad(
+        "--calibration {missing}.txt", ("missing.txt", "no such file"), command=QUANTIZE
+    ),
+    "quantizing with a binary text": Bad("--calibration {binary}", ("binary.txt", "NUL byte"), command=QUANTIZE),
+    "quantizing with a short text": Bad(
+        "--calibration {short} --sequence-length 32", ("tokens", "32"), command=QUANTIZE
+    ),
+    "quantizing with other ids": Bad(
+        "--calibration {high_ids} --samples 12 --sequence-length 32", ("vocabulary", "300"), command=QUANTIZE
+    ),
+    "quantizing with no samples": Bad("--calibration {text} --samples 0", ("--samples", "0"), command=QUANTIZE),
+    "quantizing over another output": Bad("", ("exists", "--overwrite"), command="quantize {tiny} -o {nan}"),
+    "quantizing over the model": Bad("--overwrite", ("destroy", "tiny"), command="quantize {tiny} -o {tiny}"),
+    "quantizing over a file": Bad("--overwrite", ("words.txt", "file"), command="quantize {tiny} -o {text}"),
     "scoring with NaN weights": Bad("--text {text}", ("NaN",), command="eval {nan} --window 32", status=1),
     "scoring no window": Bad("--text {text} --limit 0", ("0",), command="eval {tiny} --window 32"),
     "scoring windows of one token": Bad("--text {text} --window 1", ("1",), command="eval {tiny}"),

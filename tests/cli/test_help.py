@@ -43,7 +43,7 @@ HELP = {
         "--damping",
         "--ignore",
         "--calibration",
-        "no data, no forward pass",
+        "asks for no data unless --calibration is given",
         "--field",
         "--split",
         "--samples",

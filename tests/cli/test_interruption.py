@@ -50,11 +50,21 @@ class Terminal:
         return True
 
 
-def test_progress_on_a_terminal_and_ctrl_c(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "number", "status"),
+    [
+        (("prune", "--samples", "64", "--sequence-length", "256"), signal.SIGINT, 130),
+        (("quantize", "--transform", "online"), signal.SIGINT, 130),
+        (("quantize", "--format", "dense"), signal.SIGTERM, 128 + signal.SIGTERM),
+    ],
+    ids=["prune and Ctrl-C", "quantize and Ctrl-C", "quantize and SIGTERM"],
+)
+def test_progress_on_a_terminal_and_its_end(
+    tmp_path: Path, arguments: tuple[str, ...], number: signal.Signals, status: int
+) -> None:
     terminal = Terminal()
-    arguments = ("prune", "demo", "-o", tmp_path / "out", "--samples", "64", "--sequence-length", "256")
     process = subprocess.Popen(
-        [COMMAND, *arguments],
+        [COMMAND, arguments[0], "demo", "-o", tmp_path / "out", *arguments[1:]],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=terminal.slave,
@@ -66,39 +76,52 @@ def test_progress_on_a_terminal_and_ctrl_c(tmp_path: Path) -> None:
         # Block, share done, time since the start, time left, layer, error: all in one line of 80 columns.
         line = re.compile(r"block \d of 6 \S+ +\d+% [\d:]+ [\d:-]+ (self_attn|mlp)\.\w+_proj +error 0\.\d{4}")
         assert terminal.read_until(line), terminal.shown
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         while terminal.read():
             pass
         stdout, _ = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
         os.close(terminal.master)
-    assert process.returncode == 130
+    assert process.returncode == status
     assert "loading " in terminal.shown
-    assert terminal.shown.rstrip().splitlines()[-1].endswith("error: interrupted; nothing was written")
+    if number == signal.SIGINT:
+        assert terminal.shown.rstrip().splitlines()[-1].endswith("error: interrupted; nothing was written")
     assert "Traceback" not in terminal.shown
     assert stdout == ""
     assert nothing_but(tmp_path)
 
 
+PRUNE = ("prune", "--samples", "12", "--sequence-length", "32")
+COMMANDS = {"prune": PRUNE, "packed": ("quantize",), "dense": ("quantize", "--format", "dense")}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_ctrl_c_while_writing(
-    here: Here, tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: Here, tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     def interrupt(*arguments: object, **options: object) -> None:
-        assert any(tmp_path.glob(".out.*/model.safetensors"))  # the weights are written already
+        assert any(tmp_path.glob(".*out.*/model.safetensors"))  # the weights are written already
         raise KeyboardInterrupt
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", interrupt)
-    outcome = here("prune", tiny, "-o", tmp_path / "out", "--calibration", text, "--sequence-length", "32")
+    name, *options = COMMANDS[command]
+    outcome = here(name, tiny, "-o", tmp_path / "out", "--calibration", text, "--sequence-length", "32", *options)
     assert outcome.status == 130
     assert outcome.stderr.splitlines()[-1] == "error: interrupted; nothing was written"
     assert nothing_but(tmp_path)
 
 
-def test_disk_full_halfway(tiny: Path, text: Path, mount: Mount) -> None:
-    disk = mount("size=80k")  # enough for the weights, not for the tokenizer too
-    sizes = ("--samples", "12", "--sequence-length", "32")
-    outcome = trimfit("prune", tiny, "-o", disk / "out", "--calibration", text, *sizes)
+@pytest.mark.parametrize(
+    ("command", "size"),
+    [("prune", "80k"), ("packed", "80k"), ("packed", "32k"), ("dense", "80k")],
+)
+def test_disk_full_halfway(tiny: Path, text: Path, here: Here, mount: Mount, command: str, size: str) -> None:
+    disk = mount(f"size={size}")  # enough for the weights, not for the tokenizer too; or for nothing
+    name, *options = COMMANDS[command]
+    data = ("--calibration", text) if name == "prune" else ()
+    run = trimfit if command == "prune" else here
+    outcome = run(name, tiny, "-o", disk / "out", *data, *options)
     assert outcome.status == 1
     assert is_one_sentence(outcome), outcome.stderr
     assert "disk is full" in outcome.stderr
@@ -106,19 +129,22 @@ def test_disk_full_halfway(tiny: Path, text: Path, mount: Mount) -> None:
     assert nothing_but(disk)
 
 
-def test_disk_too_small_from_the_start(here: Here, tiny: Path, text: Path, mount: Mount) -> None:
+@pytest.mark.parametrize("command", ["prune", "dense"])
+def test_disk_too_small_from_the_start(here: Here, tiny: Path, text: Path, mount: Mount, command: str) -> None:
     disk = mount("size=32k")
-    sizes = ("--samples", "12", "--sequence-length", "32")
-    outcome = here("prune", tiny, "-o", disk / "out", "--calibration", text, *sizes)
+    name, *options = COMMANDS[command]
+    data = ("--calibration", text) if name == "prune" else ()
+    outcome = here(name, tiny, "-o", disk / "out", *data, *options)
     assert outcome.status == 1
     assert is_one_sentence(outcome), outcome.stderr
     assert "MiB free" in outcome.stderr
     assert nothing_but(disk)
 
 
-def test_read_only_parent(here: Here, tiny: Path, text: Path, mount: Mount) -> None:
+@pytest.mark.parametrize("command", ["prune", "quantize"])
+def test_read_only_parent(here: Here, tiny: Path, text: Path, mount: Mount, command: str) -> None:
     disk = mount("ro")
-    outcome = here("prune", tiny, "-o", disk / "out", "--calibration", text)
+    outcome = here(command, tiny, "-o", disk / "out", "--calibration", text)
     assert outcome.status == 2
     assert is_one_sentence(outcome), outcome.stderr
     assert "not writable" in outcome.stderr

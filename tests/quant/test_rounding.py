@@ -326,7 +326,9 @@ def test_tensors_that_do_not_fit_are_refused(weight: Tensor, grid: Grid, message
         round_to_gram(weight, grid, gram)
 
 
-@pytest.mark.parametrize("kept", [torch.ones(8, dtype=torch.bool), torch.ones(3, 8, dtype=torch.bool), torch.ones(2, 8)])
+@pytest.mark.parametrize(
+    "kept", [torch.ones(8, dtype=torch.bool), torch.ones(3, 8, dtype=torch.bool), torch.ones(2, 8)]
+)
 def test_masks_that_do_not_fit_are_refused(kept: Tensor):
     with pytest.raises(InputError, match=r"the mask of kept weights must be bool of \(2, 8\)"):
         round_to_gram(torch.randn(2, 8), Grid(4, None), FactoredGram(torch.eye(8)), kept=kept)

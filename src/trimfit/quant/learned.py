@@ -81,11 +81,12 @@ class Surrogate:
         self._symmetric = grid.symmetric
         undone = start.inverses
         self._noise = undone @ undone.mT if gram is None else undone @ _diagonal_blocks(gram, size) @ undone.mT
-        self._unit = 1.0
-        self._unit = self.value_and_gradient(torch.eye(size, device=undone.device).expand_as(undone), 0)[0] or 1.0
+        self._unit = torch.ones((), device=undone.device)
+        unit, _ = self.value_and_gradient(torch.eye(size, device=undone.device).expand_as(undone), 0)
+        self._unit = torch.where(unit > 0, unit, self._unit)
 
-    def value_and_gradient(self, m: Tensor, step: int) -> tuple[float, Tensor]:
-        """Value and gradient (k, b, b) at M (k, b, b), with the rows whose turn it is in that step."""
+    def value_and_gradient(self, m: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Value () and k times the gradient (k, b, b) at M (k, b, b), with the rows whose turn it is in that step."""
         count, size, _ = m.shape
         weight = self._weight[step % self._batches :: self._batches]
         blocks = weight.unflatten(1, (count, size)).transpose(0, 1)  # (k, rows, b)
@@ -98,7 +99,7 @@ class Surrogate:
         slope = slope.mul_(noise[:, None]).view(len(weight), count, size).transpose(0, 1)
         column = squares.repeat_interleave(self._group).view(count, size, 1)
         gradient = blocks.mT @ slope - inverse.mT @ (2 * column * undone) @ inverse.mT
-        return (squares @ noise).item() / self._unit, gradient * (count / self._unit)
+        return squares @ noise / self._unit, gradient * (count / self._unit)
 
 
 def _diagonal_blocks(gram: Tensor, size: int) -> Tensor:

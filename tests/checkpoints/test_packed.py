@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from compressed_tensors.compressors import PackedQuantizationCompressor
+from compressed_tensors.compressors import PackedQuantizationCompressor, pack_to_int32
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from families import EVERYTHING, windows
 from hypothesis import assume, given, settings
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from trimfit.checkpoints.atomic import atomic_directory
 from trimfit.checkpoints.packed import (
+    PackedWriter,
     check_packable,
     finish_packed,
     packed_tensors,
@@ -344,3 +345,26 @@ def test_a_layer_that_shares_its_weights_is_refused():
     with pytest.raises(InputError, match="lm_head shares its weights with the embedding"):
         check_packable(EVERYTHING["llama-tied"].build(), ["lm_head"])
     check_packable(EVERYTHING["llama"].build(), ["lm_head", "model.layers.0.mlp.up_proj"])
+
+
+def test_a_layer_that_was_packed_wrongly_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = EVERYTHING["llama"].build()
+    layer = random_quantized(Grid(4, 8), 32, 32)
+    monkeypatch.setattr(
+        "trimfit.checkpoints.packed.pack_to_int32", lambda codes, bits, **_: pack_to_int32(codes * 0, bits)
+    )
+    with pytest.raises(RunError, match=r"0.self_attn.q_proj is not the same after packing; nothing was kept"):
+        PackedWriter(model, tmp_path).add("model.layers.0.self_attn.q_proj", layer)
+
+
+def test_what_is_given_is_written_instead_of_what_the_model_has(tmp_path: Path):
+    model = EVERYTHING["llama"].build()
+    done = quantize(model, dict.fromkeys(linear_layers(model), Grid(4, 8)))
+    norm = torch.full((32,), 3.0)
+    writer = PackedWriter(model, tmp_path)
+    writer.add_plain({"model.norm.weight": norm})
+    for name, layer in done.items():
+        writer.add(name, layer)
+    writer.finish()
+    assert same(stored(tmp_path)["model.norm.weight"], norm)
+    assert same(stored(tmp_path)["lm_head.weight"], model.get_parameter("lm_head.weight").detach())

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trimfit.checkpoints.shard_writer import ShardWriter
+from trimfit.errors import RunError
 
 
 def tensors(*lengths: int) -> dict[str, Tensor]:
@@ -104,3 +105,29 @@ def test_a_name_is_written_once(tmp_path: Path):
     for name in ("t0", "t1"):  # in a file, and still waiting
         with pytest.raises(ValueError, match=f"{name} was added already"):
             writer.add({name: torch.zeros(1)})
+
+
+def test_items_begin_where_readers_want_them(tmp_path: Path):
+    """At a multiple of their size, whatever came before."""
+    dtypes = (torch.uint8, torch.int64, torch.bfloat16, torch.bool, torch.float32, torch.float8_e4m3fn, torch.float64)
+    given = {f"t{i}": torch.arange(3).to(dtype) for i, dtype in enumerate(dtypes)}
+    write(tmp_path, given, 10**6)
+    header = (tmp_path / "model.safetensors").read_bytes()
+    size = int.from_bytes(header[:8], "little")
+    begins = {
+        name: entry["data_offsets"][0] for name, entry in json.loads(header[8 : 8 + size]).items() if name in given
+    }
+    assert size % 8 == 0 and all(begins[name] % tensor.itemsize == 0 for name, tensor in given.items())
+    found = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert all(found[name].dtype == t.dtype and torch.equal(found[name].int(), t.int()) for name, t in given.items())
+
+
+@pytest.mark.parametrize("damage", ["changed", "lost"])
+def test_what_is_not_as_it_was_added_is_noticed(tmp_path: Path, damage: str):
+    writer = ShardWriter(tmp_path, 4)
+    writer.add(tensors(3, 3))  # the first of them is in a file now
+    (part,) = tmp_path.glob("0*.part")
+    content = part.read_bytes()
+    part.write_bytes(content[:-1] + b"x" if damage == "changed" else content.replace(b'"t0"', b'"t9"'))
+    with pytest.raises(RunError, match=r"t[09] is not the same after writing; nothing was kept"):
+        writer.finish()

@@ -69,7 +69,8 @@ def read_online(directory: Path, config: PreTrainedConfig, *, merged: bool = Fal
             inverse = inverses[transforms[name]]
             _check_blocks(directory, transforms[name], inverse, weight.shape[1])
             if merged:
-                blocks = BlockTransform(torch.linalg.inv(inverse), inverse, transforms[name])
+                undone = inverse.float()
+                blocks = BlockTransform(torch.linalg.inv(undone), undone, transforms[name])
                 weight = blocks.backward(weight.float()).to(weight.dtype)
         weights[f"{name}.weight"] = weight
     weights |= {name: stored.take(name) for name in stored.left()}

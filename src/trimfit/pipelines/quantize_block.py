@@ -20,6 +20,7 @@ from trimfit.quant.learned import learned_transform
 from trimfit.quant.pair_rounding import Pair, round_pair
 from trimfit.quant.rounding import gram_error, round_to_gram
 from trimfit.refit import FactoredGram
+from trimfit.refit.gram import widest
 
 _RUN = 1024  # columns
 
@@ -170,7 +171,8 @@ class BlockWork:
         def learn(start: BlockTransform) -> BlockTransform:
             return learned_transform(weights, size, grid, start, steps=steps)
 
-        return best_transform(weights, grid, size, learn=learn if steps else None)
+        best = best_transform(weights, grid, size, learn=learn if steps else None)
+        return None if best is None else _as_stored(best, self._dtypes[layers[0].name])
 
     def record(self, name: str, device: torch.device) -> QuantizedRecord:
         """What is known of a finished layer. Raises `RunError` if a zero of a pruned layer is none any more."""
@@ -204,6 +206,15 @@ class BlockWork:
         shared = sum(done.quantized.codes.numel() for done in self.layers.values() if done.transform is transform)
         bits = next(iter(self._dtypes.values())).itemsize * 8  # stored in the dtype of the model
         return transform.inverses.numel() * bits / shared
+
+
+def _as_stored(transform: BlockTransform, dtype: torch.dtype) -> BlockTransform:
+    """With T⁻¹ rounded to the dtype that it is stored and applied in, and T its inverse, so that they still cancel."""
+    if dtype.itemsize >= 4:
+        return transform
+    inverses = transform.inverses.to(dtype)
+    matrices = torch.linalg.inv(inverses.to(widest(inverses.device)))
+    return replace(transform, matrices=matrices.float(), inverses=inverses.float())
 
 
 def _round(

@@ -185,6 +185,7 @@ CHEAP = {
     "unknown rounding": Bad("--rounding up", ("--rounding", "nearest", "alternating", "up"), command=QUANTIZE),
     "unknown format": Bad("--format onnx", ("format", "'onnx'", "packed, dense, gguf"), command=QUANTIZE),
     "no transformation blocks": Bad("--block-size 0", ("--block-size", "0"), command=QUANTIZE),
+    "negative steps": Bad("--learned-steps -1", ("--learned-steps", "-1"), command=QUANTIZE),
     "large transformation blocks": Bad("--block-size 1000", ("--block-size", "128", "1000"), command=QUANTIZE),
     "negative damping of quantization": Bad("--damping -1", ("--damping", "-1"), command=QUANTIZE),
     "infinite damping of quantization": Bad("--damping inf", ("--damping", "inf"), command=QUANTIZE),

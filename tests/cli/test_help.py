@@ -40,6 +40,7 @@ HELP = {
         "--transform",
         "--rounding",
         "--block-size",
+        "--learned-steps",
         "--damping",
         "--ignore",
         "--calibration",

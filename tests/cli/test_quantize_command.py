@@ -184,8 +184,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "transform": "none",
     },
     "--transform pairs --damping 0": {"transform": "pairs", "damping": 0},
-    "--transform online --block-size 8 --batch-size 3": {"transform": "online", "block_size": 8, "batch_size": 3},
-    "--ignore *.q_proj --ignore re:layers.1.*down": {"ignore": ["*.q_proj", "re:layers.1.*down"]},
+    "--transform online --block-size 8 --learned-steps 2": {
+        "transform": "online",
+        "block_size": 8,
+        "learned_steps": 2,
+    },
+    "--batch-size 3 --ignore *.q_proj --ignore re:layers.1.*down": {
+        "batch_size": 3,
+        "ignore": ["*.q_proj", "re:layers.1.*down"],
+    },
 }
 
 
@@ -204,9 +211,9 @@ def test_options(run: Quantize, options: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("transform", ["free", "online"])
 def test_dense(run: Quantize, tiny: Path, tmp_path: Path, transform: str) -> None:
-    record = run("--format", "dense", "--bits", "3", "--transform", transform)
+    record = run("--format", "dense", "--bits", "3", "--transform", transform, "--learned-steps", "0")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(logits(model), logits(in_memory(tiny, bits=3, transform=transform)))
+    assert torch.equal(logits(model), logits(in_memory(tiny, bits=3, transform=transform, learned_steps=0)))
     assert weights(tmp_path / "out").keys() == weights(tiny).keys()
     assert "plain transformers loads it" in record["stdout"]
     assert "multiply-adds" not in record["stdout"]  # nothing is done at run time

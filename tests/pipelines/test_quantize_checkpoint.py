@@ -27,6 +27,7 @@ from trimfit import (
     quantize,
     quantize_checkpoint,
 )
+from trimfit import load as load_any
 from trimfit.checkpoints import fingerprint
 from trimfit.checkpoints.packed import unpack
 from trimfit.quant import Grid
@@ -37,7 +38,7 @@ PACKABLE = ["llama", "llama-tied", "llama-biases", "qwen2", "qwen3", "gemma2", "
 
 
 def config(**options: Any) -> QuantizeConfig:
-    return QuantizeConfig.model_validate({"bits": 3, "group_size": 8, **options})
+    return QuantizeConfig.model_validate({"bits": 3, "group_size": 8, "learned_steps": 2, **options})
 
 
 @pytest.fixture
@@ -177,22 +178,26 @@ def test_layers_that_cannot_be_packed_can_be_dense(
 def test_online_transformations_are_stored_with_the_layers_they_belong_to(
     tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype
 ):
-    """Undone in float32, as `quantize` does it, each gives the weights of the model in memory."""
+    """Undone in float32, as `quantize` does it, each gives the weights of the model in memory, bit for bit."""
     source = write(tmp_path / "model", word_tokenizer, dtype=dtype, num_hidden_layers=5)
     asked = config(transform="online", rounding="nearest", block_size=16)
     report = quantize_checkpoint(source, tmp_path / "out", asked, device=CPU)
     expected = FAMILIES["llama"].build(dtype=dtype, num_hidden_layers=5)
-    quantize(expected, asked)
+    quantized = quantize(expected, asked)
+    assert quantized.bits_per_weight == report.bits_per_weight
     tensors = stored(tmp_path / "out")
     told = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert set(told["transforms"]) == {record.name for record in report.layers if "online" in record.transform}
     assert len(set(told["transforms"].values())) == 5 * 4
     for name, transform in told["transforms"].items():
-        inverse = tensors[transform]
+        assert tensors[transform].dtype == dtype
+        inverse = tensors[transform].float()
         parts = {key: tensor for key, tensor in tensors.items() if key.rpartition(".")[0] == name}
         levels = unpack(name, parts, Grid(3, 8)).dequantize().float()
         weight = BlockTransform(inverse, inverse, "").backward(levels)
         assert torch.equal(weight.to(dtype), expected.get_parameter(f"{name}.weight")), name
+    merged = load_any(tmp_path / "out", merged=True).state_dict()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.state_dict().items())
 
 
 def test_plain_transformers_does_not_take_them_for_weights(tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast):

@@ -18,12 +18,12 @@ NEAR = 0.03  # of the logits, at 8 bits; without its other half, any fold leaves
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the paper's gradient descent: how good its transformation is, is not the question here."""
+    """For the paper's gradient descent, and in `config` for ours: how good they are is not the question here."""
     monkeypatch.setattr("trimfit.pipelines.fold_block.paper_transform", partial(paper_transform, steps=20))
 
 
 def config(transform: str, rounding: str, **options: object) -> QuantizeConfig:
-    return QuantizeConfig.model_validate({"transform": transform, "rounding": rounding, **options})
+    return QuantizeConfig.model_validate({"transform": transform, "rounding": rounding, "learned_steps": 2, **options})
 
 
 def folded(model: PreTrainedModel, transform: str) -> set[str]:

@@ -31,12 +31,12 @@ QKV = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the paper's gradient descent: how good its transformation is, is not the question here."""
+    """For the paper's gradient descent, and in `config` for ours: how good they are is not the question here."""
     monkeypatch.setattr("trimfit.pipelines.fold_block.paper_transform", partial(paper_transform, steps=20))
 
 
 def config(**options: Any) -> QuantizeConfig:
-    return QuantizeConfig.model_validate(options)
+    return QuantizeConfig.model_validate({"learned_steps": 2, **options})
 
 
 def weight_of(model: PreTrainedModel, name: str) -> Tensor:
@@ -635,6 +635,7 @@ _BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "transform": ({"transform": "best"}, "'none', 'pairs', 'free', 'online' or 'paper'"),
     "rounding": ({"rounding": "up"}, "'nearest' or 'alternating'"),
     "no block": ({"block_size": 0}, "greater than or equal to 2"),
+    "negative steps": ({"learned_steps": -1}, "greater than or equal to 0"),
     "large block": ({"block_size": 129}, "less than or equal to 128"),
     "damping": ({"damping": -1}, "greater than or equal to 0"),
     "infinite damping": ({"damping": float("inf")}, "finite"),

@@ -140,7 +140,7 @@ def test_more_bits_are_nearer():
     distances: list[float] = []
     for bits in range(2, 9):
         model = FAMILIES["qwen2"].build()
-        report = quantize(model, config(bits=bits))
+        report = quantize(model, config(bits=bits, rounding="nearest"))
         distances.append(distance(FAMILIES["qwen2"].build(), model))
         assert report.weight_error == pytest.approx(sum(r.weight_error for r in report.layers) / len(report.layers))
     assert distances == sorted(distances, reverse=True)

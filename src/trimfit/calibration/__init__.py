@@ -1,7 +1,7 @@
 """From text or token ids to calibration windows."""
 
 from trimfit.calibration.config import CalibrationConfig
-from trimfit.calibration.gram import GramSum
+from trimfit.calibration.gram import Drift, InputMoments, MomentSum
 from trimfit.calibration.self_sampling import SelfSample, sample_from_model
 from trimfit.calibration.sources import read_documents, read_token_ids
 from trimfit.calibration.windows import (
@@ -19,7 +19,9 @@ from trimfit.calibration.windows import (
 __all__ = [
     "AddedTokens",
     "CalibrationConfig",
-    "GramSum",
+    "Drift",
+    "InputMoments",
+    "MomentSum",
     "SelfSample",
     "added_tokens",
     "check_ids",

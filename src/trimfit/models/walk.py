@@ -4,6 +4,7 @@ Block inputs are caught by hooks, and every other argument is replayed verbatim,
 family is known by name, but for the hidden states.
 """
 
+import copy
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from trimfit.calibration import GramSum
+from trimfit.calibration import InputMoments, MomentSum
 from trimfit.errors import InputError
 from trimfit.models.mode import evaluation_mode
 from trimfit.models.structure import Block, Layer
@@ -55,6 +56,8 @@ class Walker:
     - `blocks`: its decoder blocks.
     - `windows`: name of a set → (N, L) token ids, for example the windows to fit on and those held out.
     - `batch_size`: windows in one forward pass.
+    - `dense`: also follow the dense model: a second stream of hidden states, through a copy of each block made before
+      the block changes.
 
     Raises `InputError` when the blocks, called one after the other, do not give what the model gives, when a layer
     of `blocks` receives no input, and when hidden states are not finite.
@@ -64,7 +67,10 @@ class Walker:
     blocks: Sequence[Block]
     windows: dict[str, Tensor]
     batch_size: int = 8
+    dense: bool = False
     _hidden: dict[str, list[Tensor]] = field(init=False, default_factory=dict[str, list[Tensor]])
+    _dense_hidden: dict[str, list[Tensor]] = field(init=False, default_factory=dict[str, list[Tensor]])
+    _dense_block: Block | None = field(init=False, default=None)
     _calls: dict[int, list[_Call]] = field(init=False, default_factory=dict[int, list[_Call]])
     _groups: dict[int, list[Group]] = field(init=False, default_factory=dict[int, list[Group]])
 
@@ -73,40 +79,66 @@ class Walker:
         with torch.no_grad(), evaluation_mode(self.model):
             self._start()
             for block in self.blocks:
+                self._dense_block = _copy(block) if self.dense else None
                 yield block
                 if block is self.blocks[-1]:
                     return
-                for hidden in self._hidden.values():
-                    for i, batch in enumerate(hidden):
-                        hidden[i] = self._run(block, batch)
+                self._advance(block, self._hidden)
+                if self._dense_block is not None:
+                    self._advance(self._dense_block, self._dense_hidden)
+
+    def _advance(self, block: Block, streams: dict[str, list[Tensor]]) -> None:
+        for hidden in streams.values():
+            for i, batch in enumerate(hidden):
+                hidden[i] = self._run(block, batch)
 
     def groups(self, block: Block) -> list[Group]:
         """The block's layers by shared input, in the order in which a forward pass reaches them."""
         return self._groups[block.index]
 
     def grams(self, block: Block, groups: Sequence[Group], windows: str) -> list[Tensor]:
-        """The Gram matrix (n, n) of each group's input over one set of windows, with the weights as they now are.
+        """The Gram matrix (n, n) of each group's input over one set of windows, with the weights as they now are."""
+        return [moments.gram for moments in self._moments(block, groups, windows, None)]
 
-        A forward pass ends as soon as the last of the groups was reached.
+    def moments(self, block: Block, groups: Sequence[Group], windows: str) -> list[InputMoments]:
+        """The Gram matrices as `grams` gives them; with `dense` also the drift of the inputs from the dense model's."""
+        return self._moments(block, groups, windows, self._dense_block)
+
+    def _moments(
+        self, block: Block, groups: Sequence[Group], windows: str, dense_block: Block | None
+    ) -> list[InputMoments]:
+        sums = [MomentSum() for _ in groups]
+        for index, batch in enumerate(self._hidden[windows]):
+            inputs = self._inputs(block, groups, batch)
+            dense = self._inputs(dense_block, groups, self._dense_hidden[windows][index]) if dense_block else inputs
+            for total, seen, seen_dense in zip(sums, inputs, dense, strict=True):
+                for x, y in zip(seen, seen_dense, strict=True):
+                    total.add(x, y if dense_block else None)
+        return [total.value for total in sums]
+
+    def _inputs(self, block: Block, groups: Sequence[Group], batch: Tensor) -> list[list[Tensor]]:
+        """What each group receives, call by call, in a forward pass that ends as soon as the last was reached.
+
+        `block` is that of the groups, or its copy.
         """
-        sums = [GramSum() for _ in groups]
-        for batch in self._hidden[windows]:
-            remaining = sum(group.calls for group in groups)
+        seen: list[list[Tensor]] = [[] for _ in groups]
+        remaining = sum(group.calls for group in groups)
 
-            def record(gram: GramSum) -> Callable[..., None]:
-                def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-                    nonlocal remaining
-                    gram.add(arguments[0])
-                    remaining -= 1
-                    if remaining == 0:
-                        raise _Stop
+        def record(into: list[Tensor]) -> Callable[..., None]:
+            def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+                nonlocal remaining
+                into.append(arguments[0].clone())  # some models go on in place
+                remaining -= 1
+                if remaining == 0:
+                    raise _Stop
 
-                return hook
+            return hook
 
-            pairs = [(group.layers[0].module, record(gram)) for group, gram in zip(groups, sums, strict=True)]
-            with _hooks(pairs), suppress(_Stop):
-                self._run(block, batch)
-        return [gram.value for gram in sums]
+        modules = {layer.name: layer.module for layer in block.layers}
+        pairs = [(modules[group.layers[0].name], record(into)) for group, into in zip(groups, seen, strict=True)]
+        with _hooks(pairs), suppress(_Stop):
+            self._run(block, batch)
+        return seen
 
     def _run(self, block: Block, hidden: Tensor) -> Tensor:
         return self._calls[len(hidden)][block.index].run(block.module, hidden)
@@ -119,6 +151,8 @@ class Walker:
             self._calls[size], _ = self._record(every[:size])
         self._check([every[:1], every[-1:]])
         self._hidden = {name: [self._first_input(batch) for batch in batches[name]] for name in batches}
+        if self.dense:
+            self._dense_hidden = {name: list(hidden) for name, hidden in self._hidden.items()}
 
     def _check(self, windows: Sequence[Tensor]) -> None:
         """Arguments recorded once must serve for all windows, taken through each block together. Finds the groups."""
@@ -215,6 +249,15 @@ class Walker:
 def _states(output: Any) -> Tensor:
     """The hidden states in what a block gives: alone, or the first of several."""
     return output[0] if isinstance(output, tuple | list) else output
+
+
+def _copy(block: Block) -> Block:
+    """A block with the same weights, of its own."""
+    module = copy.deepcopy(block.module)
+    layers = [
+        Layer(layer.name, module.get_submodule(layer.name.removeprefix(f"{block.name}."))) for layer in block.layers
+    ]
+    return Block(block.index, block.name, module, tuple(layers))
 
 
 def _same_tensor(a: Tensor, b: Tensor) -> bool:

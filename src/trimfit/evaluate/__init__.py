@@ -1,5 +1,6 @@
-"""How well a model predicts text."""
+"""How well a model predicts text, and what it reaches on tasks."""
 
 from trimfit.evaluate.perplexity import Score, perplexity, score_text
+from trimfit.evaluate.tasks import TaskScore, evaluate_tasks
 
-__all__ = ["Score", "perplexity", "score_text"]
+__all__ = ["Score", "TaskScore", "evaluate_tasks", "perplexity", "score_text"]

@@ -198,34 +198,51 @@ def quantize(
 
 def evaluate(
     model: _Model,
-    text: Annotated[str, typer.Option(help="Text file, .jsonl, hub data set, or 'demo'.")],
+    text: Annotated[
+        str | None,
+        typer.Option(help="Text to predict: a file, .jsonl, hub data set, or 'demo'. Or give --tasks."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks, with commas between: 'demo' or continuation:TEXT (which of four continues a passage?), names "
+            'of lm-eval, task files or directories. Needs pip install "trimfit\\[eval]".'
+        ),
+    ] = None,
     field: Annotated[str, typer.Option(help="Field with the text in .jsonl or a data set.")] = "text",
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
     window: Annotated[
         int | None, typer.Option(help="Tokens in a window. [default: the model's context, at most 2048]")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Score only the first so many windows.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first so many windows, and examples of each task.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass, for tasks.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of few-shot examples.")] = 0,
     device: _Device = "auto",
     json: _Json = False,
 ) -> None:
-    """Perplexity and bits per byte of MODEL on a text."""
+    """Perplexity and bits per byte of MODEL on a text; accuracy on tasks."""
     from trimfit.checkpoints import resolve_device
     from trimfit.cli import show
-    from trimfit.pipelines import score_checkpoint
+    from trimfit.pipelines.evaluate_checkpoint import evaluate_checkpoint
 
     show.quiet_libraries()
     with show.progress(quiet=json) as observer:
-        score = score_checkpoint(
+        evaluation = evaluate_checkpoint(
             _source(model),
-            text,
+            text=text,
             field=field,
             split=split,
             window=window,
+            tasks=[task.strip() for task in (tasks or "").split(",") if task.strip()],
+            batch_size=batch_size,
+            seed=seed,
             limit=limit,
             device=resolve_device(device),
             observer=observer,
         )
-    show.score(score, text, as_json=json)
+    show.evaluation(evaluation, text, as_json=json)
 
 
 def _source(model: str) -> str:

@@ -14,10 +14,12 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from trimfit.demo.run import PROMPT, DemoRow
 from trimfit.evaluate import Score
 from trimfit.pipelines import Finished, Observer, PruneReport, QuantizeReport
+from trimfit.pipelines.evaluate_checkpoint import Evaluation
 
 
 def quiet_libraries() -> None:
@@ -148,6 +150,23 @@ def score(result: Score, text: str, *, as_json: bool) -> None:
         f"({result.nats:.4f} nats/token; {result.tokens:,} tokens, {result.bytes:,} bytes, "
         f"{result.documents} documents, windows of {result.window}; {text})"
     )
+
+
+def evaluation(result: Evaluation, text: str | None, *, as_json: bool) -> None:
+    """Score of the text and scores of the tasks, whichever there are."""
+    if as_json:
+        scored = {"text": text, **asdict(result.score)} if result.score else {}
+        tasks = {"tasks": [asdict(task) for task in result.tasks]} if result.tasks else {}
+        _print_json({**scored, **tasks})
+        return
+    if result.score:
+        score(result.score, str(text), as_json=False)
+    if result.tasks:
+        table = _table("task", "metric", "value", "± error", "examples")
+        for task in result.tasks:
+            error = _number(task.standard_error, ".4f")
+            table.add_row(Text(task.name), task.metric, f"{task.value:.4f}", error, f"{task.examples:,}")
+        Console().print(table)
 
 
 def demo(rows: Sequence[DemoRow], out: Path, *, as_json: bool) -> None:

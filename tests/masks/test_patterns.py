@@ -1,4 +1,5 @@
 from decimal import ROUND_HALF_EVEN, Decimal
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
@@ -80,6 +81,13 @@ def test_counts_are_exact_and_the_highest_stay(rows: int, width: int, sparsity: 
 def test_counts_follow_the_decimal_not_its_float(scope: Scope, rows: int, width: int):
     assert round(0.7 * 45) == 31  # what floats say of 31.5
     assert int((~keep_best(random_scores(rows, width), Unstructured(0.7, scope))).sum()) == 32
+
+
+@given(sizes, sizes, scopes, st.data())
+def test_a_fraction_carries_an_exact_count(rows: int, width: int, scope: Scope, data: st.DataObject):
+    count = data.draw(st.integers(0, rows * width - 1))
+    pattern = Unstructured(Fraction(count, rows * width), scope)
+    assert int((~keep_best(random_scores(rows, width), pattern)).sum()) == count
 
 
 def test_uneven_rows_follow_the_documented_spread():

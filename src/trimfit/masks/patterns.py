@@ -17,13 +17,13 @@ Scope: TypeAlias = Literal["row", "layer"]
 class Unstructured:
     """Any weights may go, until `sparsity` of them are gone.
 
-    - `sparsity`: share of the weights to prune, in [0, 1).
+    - `sparsity`: share of the weights to prune, in [0, 1). A `Fraction` k / (out·in) prunes exactly k of a layer.
     - `scope`: where weights compete: "row" prunes equally many in each row, "layer" wherever in the layer is best.
 
     Raises `InputError` for values outside these.
     """
 
-    sparsity: float
+    sparsity: float | Fraction
     scope: Scope
 
     def __post_init__(self) -> None:
@@ -83,6 +83,7 @@ def prune_counts(pattern: Unstructured, shape: tuple[int, int], start: int = 0, 
     rows, width = shape
     stop = width if stop is None else stop
     # The decimal that the user wrote, not the float nearest to it: 0.7 * 45 is 31.5, but 31.499… in floats.
+    # A fraction goes through its text unchanged.
     total = round(Fraction(str(pattern.sparsity)) * rows * width)
     groups = 1 if pattern.scope == "layer" else rows
     counts = (torch.arange(groups + 1) * total // groups).diff()

@@ -189,7 +189,7 @@ def test_codes_and_scales_are_near_the_best_of_all(make_layer: MakeLayer, bits: 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("group_size", [10, None])
 def test_inputs_that_are_not_correlated_leave_nothing_to_feed_back(bits: int, group_size: int | None):
-    weight = torch.randn(5, 2 * BLOCK + 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight = torch.randn(5, 8 * BLOCK + 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     grid = Grid(bits, group_size).fitted(weight.shape[1])
     gram = FactoredGram(torch.eye(weight.shape[1], dtype=torch.float64))
     rounded = round_to_gram(weight, grid, gram, sweeps=0)
@@ -201,7 +201,7 @@ def test_inputs_that_are_not_correlated_leave_nothing_to_feed_back(bits: int, gr
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("sweeps", [0, 2])
 def test_what_is_pruned_stays_zero_and_the_others_make_up_for_it(make_layer: MakeLayer, symmetric: bool, sweeps: int):
-    weight, gram = make_layer(8, BLOCK + 32, damping=0.001)
+    weight, gram = make_layer(8, 4 * BLOCK + 32, damping=0.001)
     kept = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5
     grid, hessian = Grid(4, 32, symmetric), damped(gram)
     rounded = round_to_gram(weight, grid, gram, dtype=torch.bfloat16, kept=kept, sweeps=sweeps)

@@ -14,7 +14,7 @@ from trimfit.errors import InputError
 from trimfit.quant.grid import Grid, Levels, Quantized, check_weight, place_levels, storable_scale
 from trimfit.refit.gram import FactoredGram
 
-BLOCK = 128  # columns that are updated one by one before the rest is, by one GEMM
+BLOCK = 32  # columns that are updated one by one before the rest is, by one GEMM
 SWEEPS = 2  # of coordinate descent; later ones change little
 
 
@@ -60,93 +60,94 @@ def round_to_gram(
 
 
 class _Solution:
-    """Steps (code − zero point) and scales of one layer, all in the dtype of the work, and how they are improved."""
+    """Steps (code − zero point) and scales of one layer, all in the dtype of the work, and how they are improved.
+
+    Everything is transposed, (in, out) or (groups, out): what is done to one input at a time is then contiguous.
+    """
 
     def __init__(self, weight: Tensor, levels: Levels, gram: FactoredGram, kept: Tensor | None):
-        self._weight, self._levels = weight, levels
-        self._storage = levels.scale.dtype
-        self._kept = None if kept is None else kept.to(weight)
-        self._scale = levels.scale.to(weight)
-        self._zero = levels.zero_point.to(weight)
-        self._steps = torch.zeros_like(weight)
-        hessian = gram.raw.clone()
+        self._levels = levels
+        self._weight = weight.T.contiguous()
+        self._kept = None if kept is None else kept.T.to(weight).contiguous()
+        self._scale = levels.scale.T.to(weight).contiguous()
+        self._low = -levels.zero_point.T.to(weight).contiguous()
+        self._high = self._low + levels.grid.largest
+        self._steps = torch.zeros_like(self._weight)
+        hessian = gram.raw.to(weight, copy=True)
         hessian.diagonal().add_(gram.damping_weight)
         hessian.diagonal()[gram.dead] = gram.mean_diagonal or 1.0  # a dead input is rounded to nearest
-        self._hessian = hessian.to(weight)
-        self._group = weight.shape[1] // levels.scale.shape[1]
+        self._hessian = hessian
+        self._group = len(self._weight) // len(self._scale)
 
     def quantized(self, dtype: torch.dtype) -> Quantized:
-        codes = self._steps + self._zero.repeat_interleave(self._group, 1)
-        return Quantized(codes.to(torch.uint8), self._scale.to(dtype), self._levels.zero_point, self._levels.grid)
+        codes = (self._steps - self._low.repeat_interleave(self._group, 0)).T.to(torch.uint8)
+        scale = self._scale.T.to(dtype)
+        return Quantized(codes.contiguous(), scale.contiguous(), self._levels.zero_point, self._levels.grid)
 
     def feed_back(self, factor: Tensor) -> None:
         """Error feedback with the upper factor U (in, in) of the inverse Gram matrix."""
         target = self._weight.clone()
-        width = target.shape[1]
+        width = len(target)
+        errors = torch.empty_like(target[:BLOCK])
         for start in range(0, width, BLOCK):
             stop = min(start + BLOCK, width)
-            errors = torch.zeros_like(target[:, start:stop])
-            for column in range(start, stop):
-                rounded = self._nearest(target[:, column], column)
-                error = (target[:, column] - rounded) / factor[column, column]
-                target[:, column + 1 : stop] -= torch.outer(error, factor[column, column + 1 : stop])
-                errors[:, column - start] = error
-            target[:, stop:] -= errors @ factor[start:stop, stop:]
+            block = target[start:stop]
+            diagonal = factor[start:stop, start:stop]
+            for j, row in enumerate(block):
+                torch.sub(row, self._nearest(row, start + j), out=errors[j]).div_(diagonal[j, j])
+                block[j + 1 :].addr_(diagonal[j, j + 1 :], errors[j], alpha=-1)
+            target[stop:].addmm_(factor[start:stop, stop:].T, errors[: len(block)], alpha=-1)
 
     def descend(self) -> None:
         """One sweep of coordinate descent over all codes and, group by group, over the scales."""
-        width = self._weight.shape[1]
-        gradient = (self._value(0, width) - self._weight) @ self._hessian
+        width = len(self._weight)
+        difference = self._value(0, width).sub_(self._weight)
         for start in range(0, width, self._group):
             stop = start + self._group
-            before = self._value(start, stop)
-            inner = gradient[:, start:stop].clone()
+            gradient = self._hessian[start:stop] @ difference
             for first in range(start, stop, BLOCK):
-                self._descend_block(inner, start, first, min(first + BLOCK, stop))
-            self._move_scale(inner, start, stop)
-            if stop < width:  # columns to the left are not visited again in this sweep
-                change = self._value(start, stop) - before
-                gradient[:, stop:] += change @ self._hessian[start:stop, stop:]
+                self._descend_block(gradient, start, first, min(first + BLOCK, stop))
+            self._move_scale(gradient, start, stop)
+            torch.sub(self._value(start, stop), self._weight[start:stop], out=difference[start:stop])
 
-    def _descend_block(self, inner: Tensor, start: int, first: int, last: int) -> None:
-        """Codes of columns [first, last); `inner` is the gradient of their group, which begins at `start`."""
-        before = self._value(first, last)
+    def _descend_block(self, gradient: Tensor, start: int, first: int, last: int) -> None:
+        """Codes of the inputs [first, last); `gradient` is that of their group, which begins at `start`."""
+        stop = start + len(gradient)
         hessian = self._hessian[first:last, first:last]
-        block = inner[:, first - start : last - start].clone()
-        current = before.clone()
-        for j in range(last - first):
-            optimum = current[:, j] - block[:, j] / hessian[j, j]
-            change = self._nearest(optimum, first + j) - current[:, j]
-            block += torch.outer(change, hessian[j])
-            current[:, j] += change
-        stop = start + inner.shape[1]
-        inner += (current - before) @ self._hessian[first:last, start:stop]
+        slope = gradient[first - start : last - start].clone()
+        before = self._value(first, last)
+        change = torch.empty_like(before)
+        for j, old in enumerate(before):
+            level = self._nearest(old - slope[j] / hessian[j, j], first + j)
+            torch.sub(level, old, out=change[j])
+            slope[j + 1 :].addr_(hessian[j, j + 1 :], change[j])
+        gradient.addmm_(self._hessian[start:stop, first:last], change)
 
-    def _move_scale(self, inner: Tensor, start: int, stop: int) -> None:
+    def _move_scale(self, gradient: Tensor, start: int, stop: int) -> None:
         """The scale of a group to its optimum, where the scale as stored lowers the error."""
-        steps = self._steps[:, start:stop]
-        slope = (steps * inner).sum(1)
-        curvature = ((steps @ self._hessian[start:stop, start:stop]) * steps).sum(1)
-        old = self._scale[:, start // self._group]
-        new = storable_scale(old - slope / curvature, self._storage).to(old)
+        steps = self._steps[start:stop]
+        slope = (steps * gradient).sum(0)
+        curvature = (steps * (self._hessian[start:stop, start:stop] @ steps)).sum(0)
+        old = self._scale[start // self._group]
+        new = storable_scale(old - slope / curvature, self._levels.scale.dtype).to(old)
         move = new - old
         better = move * (2 * slope + move * curvature) < 0  # never where the curvature is 0: the comparison is with NaN
-        self._scale[:, start // self._group] = torch.where(better, new, old)
+        self._scale[start // self._group] = torch.where(better, new, old)
 
-    def _nearest(self, target: Tensor, column: int) -> Tensor:
-        """Rounds one column to its levels and keeps the steps; returns the values."""
-        scale, zero = self._scale[:, column // self._group], self._zero[:, column // self._group]
-        steps = (target / scale).round_()
-        steps = torch.minimum(torch.maximum(steps, -zero), self._levels.grid.largest - zero)
+    def _nearest(self, target: Tensor, row: int) -> Tensor:
+        """Rounds the weights (out,) of one input to their levels and keeps the steps; returns the values."""
+        group = row // self._group
+        scale, steps = self._scale[group], self._steps[row]
+        torch.div(target, scale, out=steps).round_()
+        torch.clamp(steps, self._low[group], self._high[group], out=steps)
         if self._kept is not None:
-            steps *= self._kept[:, column]
-        self._steps[:, column] = steps
+            steps *= self._kept[row]
         return steps * scale
 
     def _value(self, start: int, stop: int) -> Tensor:
-        """The weights of columns [start, stop) as they are now; `start` begins a group, or all are in one."""
+        """The weights of the inputs [start, stop) as they are now."""
         groups = torch.arange(start, stop, device=self._scale.device) // self._group
-        return self._steps[:, start:stop] * self._scale[:, groups]
+        return self._steps[start:stop] * self._scale[groups]
 
 
 def gram_error(quantized: Tensor, weight: Tensor, gram: Tensor) -> float:

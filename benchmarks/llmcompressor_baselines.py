@@ -1,0 +1,289 @@
+"""SparseGPT, Wanda and GPTQ beside llm-compressor's, on the same model, calibration windows and evaluation text.
+
+    pip install llmcompressor==0.14.0.1
+    python benchmarks/llmcompressor_baselines.py demo --calibration demo --text demo
+    python benchmarks/llmcompressor_baselines.py MODEL --calibration FILE --text FILE
+
+Both packages compress a float32 copy of the model on the same tensor of windows, all of them fitted on. llm-compressor
+runs its sequential pipeline, as it does when left alone: one decoder block at a time, statistics of all layers of a
+block from one pass before any of them changes, the next block on outputs of the compressed one. That is
+`capture="block"` here. Its other defaults are ours or are set: block size 128, damping 0.01, no refit. A Wanda row
+loses ⌊s·in⌋ weights there, exactly s on average here; the rows "its counts" prune as many as it does.
+
+GPTQ is on the asymmetric grid that trimfit fits to each layer. Left alone it takes scales from the range of a group and
+orders columns by activation ("static"). Ours is that of quantize_table.py. Prints Markdown tables.
+"""
+
+import argparse
+import copy
+import json
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import torch
+from common import documents, machine, quiet
+from quantize_table import gptq
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import trimfit
+from trimfit.calibration import CalibrationConfig
+from trimfit.checkpoints import Checkpoint
+from trimfit.demo.run import model_path
+from trimfit.evaluate import Score, score_text
+from trimfit.masks import SELECTORS, Unstructured
+from trimfit.models import Walker, find_blocks
+from trimfit.quant import Grid
+
+PATTERNS: dict[str, dict[str, Any]] = {"50%": {"sparsity": 0.5}, "60%": {"sparsity": 0.6}, "2:4": {"pattern": "2:4"}}
+DAMPING = 0.01
+BATCH = 8
+HEAD = "re:.*lm_head.*"
+
+Compress = Callable[[PreTrainedModel, Tensor], None]
+"""Compresses a model in place on calibration windows (N, L)."""
+
+
+def oneshot(model: PreTrainedModel, windows: Tensor, modifier: Any) -> None:
+    """llm-compressor's own entry point, fed with our windows in their order."""
+    from llmcompressor import oneshot as run
+    from loguru import logger
+
+    logger.remove()
+    batches = [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in windows.split(BATCH)]
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    run(model=model, tokenizer=str(model.config.name_or_path), dataset=loader, recipe=[modifier], pipeline="sequential")
+
+
+def their_pruner(selector: str, pattern: dict[str, Any]) -> Compress:
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+
+    share = {"sparsity": pattern.get("sparsity", 0.5), "mask_structure": pattern.get("pattern", "0:0")}
+
+    def compress(model: PreTrainedModel, windows: Tensor) -> None:
+        if selector == "wanda":
+            modifier = WandaPruningModifier(**share, targets=["Linear"], ignore=[HEAD])
+        else:
+            modifier = SparseGPTModifier(
+                **share, targets=["Linear"], ignore=[HEAD], block_size=128, dampening_frac=DAMPING
+            )
+        oneshot(model, windows, modifier)
+
+    return compress
+
+
+def our_pruner(selector: str, pattern: dict[str, Any]) -> Compress:
+    config = trimfit.PruneConfig(
+        selector=selector,
+        refit="own" if SELECTORS[selector].updates_weights else "none",
+        damping=DAMPING,
+        capture="block",
+        held_out=0,
+        batch_size=BATCH,
+        **pattern,
+    )
+    return lambda model, windows: void(trimfit.prune(model, windows, config))
+
+
+def wanda_with_their_counts(sparsity: float) -> Compress:
+    """Our Wanda, with ⌊s·in⌋ weights pruned in each row as llm-compressor counts them."""
+
+    def compress(model: PreTrainedModel, windows: Tensor) -> None:
+        walker = Walker(model, find_blocks(model), {"fit": windows}, BATCH)
+        for block in walker:
+            groups = walker.groups(block)
+            for group, gram in zip(groups, walker.grams(block, groups, "fit"), strict=True):
+                factored = trimfit.FactoredGram(gram, DAMPING)
+                pattern = Unstructured(int(len(gram) * sparsity) / len(gram), "row")
+                for layer in group.layers:
+                    mask = SELECTORS["wanda"].select(layer.weight, factored, pattern).mask
+                    layer.write(layer.weight * mask)
+
+    return compress
+
+
+def their_gptq(bits: int, group_size: int, **options: Any) -> Compress:
+    """`options`: `actorder` of the modifier and `observer` of the weights, where they are not to be the defaults."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    def compress(model: PreTrainedModel, windows: Tensor) -> None:
+        names: dict[int, list[str]] = {}
+        for layer in (layer for block in find_blocks(model) for layer in block.layers):
+            width = layer.weight.shape[1]
+            names.setdefault(Grid(bits, group_size).fitted(width).group_size or width, []).append(layer.name)
+        observer = {"observer": options["observer"]} if "observer" in options else {}
+        order = {"actorder": options["actorder"]} if "actorder" in options else {}
+        groups = {
+            f"group_{size}": QuantizationScheme(
+                targets=targets,
+                weights=QuantizationArgs(num_bits=bits, symmetric=False, strategy="group", group_size=size, **observer),
+            )
+            for size, targets in names.items()
+        }
+        oneshot(model, windows, GPTQModifier(config_groups=groups, ignore=[HEAD], dampening_frac=DAMPING, **order))
+
+    return compress
+
+
+def void(_: object) -> None:
+    """Drops a result."""
+
+
+class Bench:
+    """One model and text; every cell starts from a fresh copy of the dense model."""
+
+    def __init__(self, checkpoint: Checkpoint, texts: list[str], length: int):
+        self._model, self._tokenizer = checkpoint.model.float(), checkpoint.tokenizer
+        self._texts, self._length = texts, length
+        self.dense = self._score(self._model)
+
+    def windows(self, source: str, samples: int, seed: int) -> Tensor:
+        config = CalibrationConfig(source=source, samples=samples, sequence_length=self._length, seed=seed)
+        return config.windows(self._tokenizer, self._model)
+
+    def divides(self, sparsity: float) -> bool:
+        """Whether this share of each row is a whole number of weights in every layer."""
+        widths = {layer.weight.shape[1] for block in find_blocks(self._model) for layer in block.layers}
+        return all((Fraction(str(sparsity)) * width).denominator == 1 for width in widths)
+
+    def measure(self, compress: Compress, windows: Tensor) -> tuple[Score, list[Tensor]]:
+        """The score of the compressed model, and where each layer's weights are not zero."""
+        model = copy.deepcopy(self._model)
+        compress(model, windows)
+        layers = [layer for block in find_blocks(model) for layer in block.layers]
+        return self._score(model), [layer.weight != 0 for layer in layers]
+
+    def _score(self, model: PreTrainedModel) -> Score:
+        return score_text(model, self._tokenizer, self._texts, length=self._length)
+
+
+def prune_cells(bench: Bench, windows: Sequence[Tensor], patterns: Sequence[str]) -> list[dict[str, Any]]:
+    cells: list[dict[str, Any]] = []
+    for label in patterns:
+        pattern = PATTERNS[label]
+        for selector in ("sparsegpt", "wanda"):
+            ours = {selector: our_pruner(selector, pattern)}
+            if selector == "wanda" and not bench.divides(pattern.get("sparsity", 0)):
+                ours["wanda, its counts"] = wanda_with_their_counts(pattern["sparsity"])
+            for seed, tokens in enumerate(windows):
+                theirs, their_masks = bench.measure(their_pruner(selector, pattern), tokens)
+                for name, compress in ours.items():
+                    score, masks = bench.measure(compress, tokens)
+                    cell = {"method": name, "pattern": label, "seed": seed}
+                    cell |= {"theirs": theirs.perplexity, "ours": score.perplexity}
+                    cell |= {"their_zeros": zeros(their_masks), "zeros": zeros(masks)}
+                    cell |= {"same": agreement(masks, their_masks)}
+                    cells.append(cell)
+                    print(json.dumps(cell), flush=True)
+    return cells
+
+
+def zeros(masks: Sequence[Tensor]) -> float:
+    return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+
+
+def agreement(masks: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """Share of the weights that both keep or both prune."""
+    same = sum(int((mask == other).sum()) for mask, other in zip(masks, others, strict=True))
+    return same / sum(mask.numel() for mask in masks)
+
+
+def gptq_cells(bench: Bench, windows: Sequence[Tensor], bits: Sequence[int], group: int) -> list[dict[str, Any]]:
+    cells: list[dict[str, Any]] = []
+    for width in bits:
+        methods: dict[str, Compress] = {
+            "GPTQ, llm-compressor": their_gptq(width, group),
+            "GPTQ, llm-compressor, no order": their_gptq(width, group, actorder=None),
+            "GPTQ, llm-compressor, MSE scales": their_gptq(width, group, observer="memoryless_mse"),
+            "GPTQ, ours": lambda model, tokens, width=width: gptq(model, Grid(width, group), tokens),
+        }
+        for name, compress in methods.items():
+            for seed, tokens in enumerate(windows):
+                score, _ = bench.measure(compress, tokens)
+                cell = {"method": name, "bits": width, "seed": seed, "excess": score.nats - bench.dense.nats}
+                cells.append(cell)
+                print(json.dumps(cell), flush=True)
+    return cells
+
+
+def prune_table(cells: list[dict[str, Any]]) -> str:
+    lines = [
+        "| method | pattern | llm-compressor | trimfit | difference | zeros, theirs / ours | same mask |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for key in dict.fromkeys((cell["method"], cell["pattern"]) for cell in cells):
+        found = [cell for cell in cells if (cell["method"], cell["pattern"]) == key]
+        differences = [100 * (cell["ours"] / cell["theirs"] - 1) for cell in found]
+        shares = [100 * statistics.mean(cell[name] for cell in found) for name in ("their_zeros", "zeros", "same")]
+        lines.append(
+            f"| {key[0]} | {key[1]} | {spread([cell['theirs'] for cell in found], '.3f')} | "
+            f"{spread([cell['ours'] for cell in found], '.3f')} | {spread(differences, '+.2f')} % | "
+            f"{shares[0]:.2f} / {shares[1]:.2f} % | {shares[2]:.2f} % |"
+        )
+    return "\n".join(lines)
+
+
+def gptq_table(cells: list[dict[str, Any]]) -> str:
+    bits = list(dict.fromkeys(cell["bits"] for cell in cells))
+    lines = ["| method | " + " | ".join(f"{b} bit" for b in bits) + " |", "|---|" + "---|" * len(bits)]
+    for name in dict.fromkeys(cell["method"] for cell in cells):
+        row = [[cell["excess"] for cell in cells if (cell["method"], cell["bits"]) == (name, b)] for b in bits]
+        lines.append(f"| {name} | " + " | ".join(spread(values, ".4f") for values in row) + " |")
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):{form}} ± {deviation:{form.removeprefix('+')}}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--text", required=True)
+    parser.add_argument(
+        "--skip", type=float, default=0.0, help="share of the text's documents, from its start, to skip"
+    )
+    parser.add_argument("--characters", type=int, help="of each document to score, from its middle")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--patterns", nargs="*", choices=PATTERNS, default=list(PATTERNS))
+    parser.add_argument("--bits", type=int, nargs="*", default=[3, 4])
+    parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+
+    quiet()
+    checkpoint = trimfit.load_checkpoint(str(model_path()) if arguments.model == "demo" else arguments.model)
+    texts = documents(arguments.text, arguments.characters, arguments.skip)
+    bench = Bench(checkpoint, texts, arguments.sequence_length)
+    windows = [bench.windows(arguments.calibration, arguments.samples, seed) for seed in range(arguments.seeds)]
+    pruned = prune_cells(bench, windows, arguments.patterns)
+    quantized = gptq_cells(bench, windows, arguments.bits, arguments.group)
+
+    print(f"\n{machine()}, llmcompressor {version('llmcompressor')}\n")
+    print(
+        f"{arguments.model}, {arguments.samples} calibration windows of {arguments.sequence_length} tokens "
+        f"({arguments.calibration}), scored on {bench.dense.tokens:,} tokens ({arguments.text}); dense perplexity "
+        f"{bench.dense.perplexity:.3f}; {arguments.seeds} seeds, mean ± std.\n"
+    )
+    print(prune_table(pruned))
+    if quantized:
+        print(f"\nGPTQ, asymmetric, groups of {arguments.group}: excess nats per token over dense:\n")
+        print(gptq_table(quantized))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"pruned": pruned, "quantized": quantized}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Splits a sparsity over a model's layers by what one pass through the dense model tells of them."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trimfit.masks.allocation import STEPS, by_error, by_outliers, loss_curve, outlier_ratio, uniform
+from trimfit.models import Block, Walker
+from trimfit.pipelines.checks import naming
+from trimfit.pipelines.observer import Observer, Silent
+from trimfit.pipelines.sensitivity import output_sensitivities
+from trimfit.refit import FactoredGram
+
+AllocationName = Literal["uniform", "owl", "error"]
+
+
+class BlockBudget(BaseModel):
+    """What one block is to lose.
+
+    - `weights`, `pruned`: numbers, over the block's layers.
+    - `outliers`: OWL's outlier ratio; None for other methods.
+    - `cost`: estimated nats per token for pruning this block to its budget and nothing else; None for other methods.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    block: int
+    weights: int
+    pruned: int
+    outliers: float | None = None
+    cost: float | None = None
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the block's weights to prune."""
+        return self.pruned / self.weights
+
+
+class Allocation(BaseModel):
+    """How a sparsity is split.
+
+    - `pruned`: weights to prune in each layer, by its name; they add up to round(sparsity · weights) exactly.
+    - `blocks`: the same per block, without blocks that have no layer to prune.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    method: AllocationName
+    pruned: dict[str, int]
+    blocks: list[BlockBudget]
+
+
+def allocate(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    windows: Tensor,
+    *,
+    method: AllocationName,
+    sparsity: float,
+    damping: float = 0.01,
+    batch_size: int = 8,
+    observer: Observer | None = None,
+) -> Allocation:
+    """How many weights each layer loses. Nothing is changed; the model must still be dense.
+
+    - `blocks`: with the layers to prune.
+    - `windows`: (N, L) int64 calibration windows; "uniform" does not look at them.
+    - `method`: "uniform", the same share everywhere; "owl", by blocks, less where there are many outliers; "error", by
+      layers, so that the estimated cost in nats is least, which needs a backward pass through the whole model.
+    - `damping`, `batch_size`: as for `prune`.
+
+    Raises `InputError` as `Walker` does, and for layers so small that some would lose all their weights.
+    """
+    layers = [layer for block in blocks for layer in block.layers]
+    sizes = {layer.name: layer.weight.numel() for layer in layers}
+    if method == "uniform":
+        counts = uniform(list(sizes.values()), sparsity)
+        return _allocation(method, blocks, sizes, dict(zip(sizes, counts, strict=True)))
+    (observer or Silent()).stage(f"allocating the sparsity ({method})")
+    if method == "owl":
+        outliers = _outliers(model, blocks, windows, damping, batch_size)
+        ratios = [outliers[block.index] for block in blocks for _ in block.layers]
+        counts = by_outliers(list(sizes.values()), ratios, sparsity)
+        return _allocation(method, blocks, sizes, dict(zip(sizes, counts, strict=True)), outliers=outliers)
+    costs = _costs(model, blocks, windows, damping, batch_size)
+    counts = by_error(list(sizes.values()), [costs[name] for name in sizes], sparsity)
+    return _allocation(method, blocks, sizes, dict(zip(sizes, counts, strict=True)), costs=costs)
+
+
+def _outliers(
+    model: PreTrainedModel, blocks: Sequence[Block], windows: Tensor, damping: float, batch_size: int
+) -> dict[int, float]:
+    """Outlier ratio of each block that has layers."""
+    walker = Walker(model, blocks, {"all": windows}, batch_size)
+    ratios: dict[int, float] = {}
+    for block in walker:
+        inputs = _grams(walker, block, damping)
+        if inputs:
+            ratios[block.index] = outlier_ratio(
+                [layer.weight for layer in block.layers], [inputs[layer.name] for layer in block.layers]
+            )
+    return ratios
+
+
+def _costs(
+    model: PreTrainedModel, blocks: Sequence[Block], windows: Tensor, damping: float, batch_size: int
+) -> dict[str, Tensor]:
+    """(STEPS + 1,) estimated nats per token of each layer, by the share of its weights that is pruned."""
+    layers = [layer for block in blocks for layer in block.layers]
+    sensitivities = output_sensitivities(model, layers, windows)
+    walker = Walker(model, blocks, {"all": windows}, batch_size)
+    costs: dict[str, Tensor] = {}
+    for block in walker:
+        inputs = _grams(walker, block, damping)
+        for layer in block.layers:
+            gram = inputs[layer.name]
+            energy = gram.energy(layer.weight.float()).item()
+            costs[layer.name] = loss_curve(layer.weight, gram) * energy * sensitivities[layer.name] / 2
+    return costs
+
+
+def _grams(walker: Walker, block: Block, damping: float) -> dict[str, FactoredGram]:
+    """Of the inputs of each layer, shared where layers share them."""
+    groups = walker.groups(block)
+    if not groups:
+        return {}
+    inputs: dict[str, FactoredGram] = {}
+    for group, gram in zip(groups, walker.grams(block, groups, "all"), strict=True):
+        with naming(group.layers[0]):
+            factored = FactoredGram(gram, damping)
+        inputs.update({layer.name: factored for layer in group.layers})
+    return inputs
+
+
+def _allocation(
+    method: AllocationName,
+    blocks: Sequence[Block],
+    sizes: dict[str, int],
+    pruned: dict[str, int],
+    *,
+    outliers: dict[int, float] | None = None,
+    costs: dict[str, Tensor] | None = None,
+) -> Allocation:
+    budgets = [
+        BlockBudget(
+            block=block.index,
+            weights=sum(sizes[layer.name] for layer in block.layers),
+            pruned=sum(pruned[layer.name] for layer in block.layers),
+            outliers=outliers[block.index] if outliers else None,
+            cost=sum(_cost_at(costs[la.name], pruned[la.name] / sizes[la.name]) for la in block.layers)
+            if costs
+            else None,
+        )
+        for block in blocks
+        if block.layers
+    ]
+    return Allocation(method=method, pruned=pruned, blocks=budgets)
+
+
+def _cost_at(curve: Tensor, share: float) -> float:
+    below = min(int(share * STEPS), STEPS - 1)
+    return torch.lerp(curve[below], curve[below + 1], share * STEPS - below).item()

@@ -1,0 +1,128 @@
+"""What `allocate` measures, against plain forward and backward passes of tiny models."""
+
+import pytest
+import torch
+from families import ALL_FAMILIES, FAMILIES, Family, for_each, matrix, plain_grams, windows
+from torch import nn
+
+from trimfit.masks.allocation import STEPS
+from trimfit.models import find_blocks, select_layers
+from trimfit.pipelines.allocate import Allocation, AllocationName, allocate
+from trimfit.pipelines.sensitivity import WINDOWS, output_sensitivities
+
+TOKENS = windows(4)
+
+
+def run(family: Family, method: AllocationName, sparsity: float = 0.6, ignore: tuple[str, ...] = ()) -> Allocation:
+    model = family.build()
+    blocks = select_layers(model, find_blocks(model), ignore)
+    return allocate(model, blocks, TOKENS, method=method, sparsity=sparsity, batch_size=2)
+
+
+@for_each({name: ALL_FAMILIES[name] for name in (*FAMILIES, "cohere", "gptj")})
+@pytest.mark.parametrize("method", ["owl", "error"])
+def test_totals_are_exact_and_the_model_is_left_alone(family: Family, method: AllocationName):
+    model = family.build()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    blocks = find_blocks(model)
+    allocation = allocate(model, blocks, TOKENS, method=method, sparsity=0.6, batch_size=2)
+    sizes = {layer.name: layer.weight.numel() for block in blocks for layer in block.layers}
+    assert allocation.pruned.keys() == sizes.keys()
+    assert sum(allocation.pruned.values()) == round(0.6 * sum(sizes.values()))
+    assert all(abs(allocation.pruned[name] / size - 0.6) < 0.17 for name, size in sizes.items())
+    assert len({allocation.pruned[name] / sizes[name] for name in sizes}) > 1
+    for block, budget in zip(blocks, allocation.blocks, strict=True):
+        assert budget.weights == sum(sizes[layer.name] for layer in block.layers)
+        assert budget.pruned == sum(allocation.pruned[layer.name] for layer in block.layers)
+        assert (budget.outliers is None, budget.cost is None) == (method == "error", method == "owl")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_uniform_needs_no_pass():
+    model = FAMILIES["llama"].build()
+    blocks = find_blocks(model)
+    allocation = allocate(model, blocks, torch.empty(0, 8), method="uniform", sparsity=0.5)
+    assert all(2 * allocation.pruned[layer.name] == layer.weight.numel() for block in blocks for layer in block.layers)
+    assert [budget.sparsity for budget in allocation.blocks] == [0.5, 0.5]
+
+
+def test_outlier_ratios_are_those_of_a_plain_pass():
+    allocation = run(FAMILIES["llama"], "owl")
+    model = FAMILIES["llama"].build()
+    for budget in allocation.blocks:
+        names = [f"model.layers.{budget.block}.{layer}" for layer in FAMILIES["llama"].layers]
+        grams = plain_grams(model, TOKENS, names)
+        scores = torch.cat(
+            [
+                (matrix(model.get_submodule(name)).abs() * grams[name].diagonal().sqrt()).flatten().double()
+                for name in names
+            ]
+        )
+        assert budget.outliers == pytest.approx((scores > 5 * scores.mean()).double().mean().item(), abs=1e-9)
+        assert budget.outliers > 0
+
+
+def test_blocks_with_more_outliers_lose_less():
+    first, second = run(FAMILIES["llama"], "owl").blocks
+    assert first.outliers is not None and second.outliers is not None
+    assert (first.sparsity < second.sparsity) == (first.outliers > second.outliers)
+    assert abs(first.sparsity - second.sparsity) == pytest.approx(0.16, abs=1e-3)
+
+
+def test_ignored_layers_have_no_budget():
+    for method in ("owl", "error"):
+        allocation = run(FAMILIES["llama"], method, ignore=("model.layers.0.*", "down_proj"))
+        assert [budget.block for budget in allocation.blocks] == [1]
+        assert not any("layers.0" in name or "down_proj" in name for name in allocation.pruned)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_sensitivities_are_those_of_a_change_in_the_output(name: str):
+    """By finite differences: a bias added to all outputs of a layer at one token changes the loss by its gradient."""
+    model = FAMILIES[name].build().double()
+    layers = [layer for block in find_blocks(model) for layer in block.layers]
+    window = TOKENS[:1, :5]
+    found = output_sensitivities(model, layers, window)
+    layer = next(layer for layer in layers if layer.name.endswith(("o_proj", "attn.c_proj")))
+    squares = []
+    for position in range(window.shape[1]):
+        for unit in range(layer.weight.shape[0]):
+            change = torch.zeros(window.shape[1], layer.weight.shape[0], dtype=torch.float64)
+            change[position, unit] = 1e-3  # norms compute in float32
+            squares.append(
+                (_loss(model, layer.module, window, change) - _loss(model, layer.module, window, -change)) ** 2
+            )
+    slope = torch.tensor(squares).mean().item() / (2e-3) ** 2
+    assert found[layer.name] == pytest.approx(slope, rel=1e-3)
+
+
+@torch.no_grad()
+def _loss(model: nn.Module, module: nn.Module, window: torch.Tensor, change: torch.Tensor) -> float:
+    handle = module.register_forward_hook(lambda module, arguments, output: output + change.view_as(output))
+    logits = model(input_ids=window, use_cache=False).logits
+    handle.remove()
+    return nn.functional.cross_entropy(logits[0, :-1], window[0, 1:], reduction="sum").item()
+
+
+def test_the_cost_of_a_block_is_that_of_its_layers_alone():
+    """The whole budget in one layer: half its sensitivity times its summed losses, from a plain inverse."""
+    model = FAMILIES["llama"].build()
+    ignore = ("re:layers.1", "re:(q|k|v|gate|up|down)_proj")
+    blocks = select_layers(model, find_blocks(model), ignore)
+    name = "model.layers.0.self_attn.o_proj"
+    budget = allocate(model, blocks, TOKENS, method="error", sparsity=0.5).blocks[0]
+    gram = plain_grams(model, TOKENS, [name])[name]
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    losses = (matrix(model.get_submodule(name)).double().square() / damped.inverse().diagonal()).flatten().sort().values
+    sensitivity = output_sensitivities(model, blocks[0].layers, TOKENS)[name]
+    assert len(losses) % STEPS != 0
+    assert budget.cost == pytest.approx(losses[: len(losses) // 2].sum().item() * sensitivity / 2, rel=1e-3)
+
+
+def test_only_so_many_windows_are_differentiated():
+    model = FAMILIES["llama"].build()
+    layers = find_blocks(model)[0].layers
+    many = windows(WINDOWS + 1)
+    assert output_sensitivities(model, layers, many) == output_sensitivities(model, layers, many[:WINDOWS])
+    assert output_sensitivities(model, layers, many) != output_sensitivities(model, layers, many[1:])

@@ -31,6 +31,8 @@ class Flow:
 
     - `attention_norm`, `mlp_norm`: what stands before the two, or None where they read the residual stream.
     - `after_attention`, `after_mlp`: norms that their outputs pass, or None.
+    - `parallel`: whether the MLP reads the hidden states that enter the block, without what attention adds to them.
+    - `residual_scale`: what the outputs of both are multiplied by before they are added to the hidden states.
     """
 
     attention: ValueOutput
@@ -39,6 +41,8 @@ class Flow:
     mlp_norm: Norm | None
     after_attention: Norm | None
     after_mlp: Norm | None
+    parallel: bool
+    residual_scale: float
 
 
 def find_flow(model: PreTrainedModel, block_name: str) -> Flow | None:
@@ -58,9 +62,24 @@ def find_flow(model: PreTrainedModel, block_name: str) -> Flow | None:
             mlp_norm=before.get(wiring.mlp.up),
             after_attention=after[0],
             after_mlp=after[1],
+            parallel=_is_parallel(finder),
+            residual_scale=getattr(finder.block, "residual_multiplier", 1.0),  # of Granite
         )
     except Refused:
         return None
+
+
+def embedding_scale(model: PreTrainedModel) -> float:
+    """What a model multiplies rows of its embedding by, before its first block: √n in Gemma, a number in Granite."""
+    config = model.config.get_text_config(decoder=True)
+    own = getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0)
+    return own * getattr(config, "embedding_multiplier", 1.0)
+
+
+def _is_parallel(finder: Finder) -> bool:
+    wiring = finder.wiring
+    shared = any({wiring.attention.value, wiring.mlp.up} <= set(norm.readers) for norm in wiring.norms)
+    return shared or bool(getattr(finder.block, "use_parallel_residual", False))  # GPT-NeoX has a norm for each
 
 
 def _hidden(finder: Finder) -> Hidden:

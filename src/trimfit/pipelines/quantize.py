@@ -51,7 +51,7 @@ def quantize(
     check_finite(model)
     if tokens is None:
         run = QuantizeRun(model, config, blocks, observer, sink, scale_dtype)
-        moments = WeightMoments.of(model)
+        moments = WeightMoments(model)
         for block in blocks:
             run.without_data(block, moments)
         return run.report()

@@ -62,4 +62,4 @@ def _moments(stream: Stream) -> WeightMoments:
     model = stream.checkpoint.model
     embedding = model.get_input_embeddings().get_parameter("weight")
     name = next(name for name, parameter in model.named_parameters() if parameter is embedding)
-    return WeightMoments(model.config.get_text_config(decoder=True).hidden_size, stream.read(name), stream.device)
+    return WeightMoments(model, stream.read(name), stream.device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimfit.models import Flow, rows_of
+from trimfit.models.flow import Flow, embedding_scale, rows_of
 from trimfit.quant.moments import Norm, ResidualStream, attention_moment, mlp_moment
 
 _ROWS = 4096
@@ -19,42 +19,39 @@ _EMBEDDING = 0.05
 class WeightMoments:
     """Follows the second moment of the hidden states from block to block.
 
-    - `size`: of the hidden states.
-    - `embedding`: (tokens, size) weights, for the size of what enters the first block.
+    - `model`: tells sizes; its weights may be on the meta device.
+    - `embedding`: (tokens, width) weights, for the size of what enters the first block; the model's own where None.
     - `device`: of the blocks; that of the embedding where None.
     """
 
-    def __init__(self, size: int, embedding: Tensor, device: torch.device | None = None):
+    def __init__(self, model: PreTrainedModel, embedding: Tensor | None = None, device: torch.device | None = None):
+        size = model.config.get_text_config(decoder=True).hidden_size
+        embedding = model.get_input_embeddings().get_parameter("weight") if embedding is None else embedding
         device = device or embedding.device
         pieces = embedding.detach().split(_ROWS)  # in float32 it may be larger than a block
         width = embedding.shape[1]
         moment = torch.zeros(width, width, device=device)
         for piece in pieces:
             rows = piece.to(device, torch.float32)
-            moment.addmm_(rows.T, rows, alpha=1 / len(embedding))
+            moment.addmm_(rows.T, rows, alpha=embedding_scale(model) ** 2 / len(embedding))
         mean_square = moment.diagonal().mean().item() or 1.0
-        self._stream = ResidualStream(size, mean_square, device)
+        self.stream = ResidualStream(size, mean_square, device)
         if width == size:  # otherwise a layer that we do not follow comes in between
-            self._stream.moment.lerp_(moment, _EMBEDDING)
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> "WeightMoments":
-        """For a model in memory."""
-        embedding = model.get_input_embeddings().get_parameter("weight")
-        return cls(model.config.get_text_config(decoder=True).hidden_size, embedding)
+            self.stream.moment.lerp_(moment, _EMBEDDING)
 
     def grams(self, flow: Flow, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(in, in) for the inputs of V, O, up and down of a block, by the layer's name; moves on to the next block.
 
         `weights` are (out, in) by name as they now are; layers that are not in it are as in the model.
         """
-        stream, hidden, pair = self._stream, flow.hidden, flow.attention
+        stream, hidden, pair = self.stream, flow.hidden, flow.attention
         attention_input = _normed(stream.moment, flow.attention_norm)
         value = weights.get(pair.value_layer.name, pair.value_layer.weight)
         output = weights.get(pair.output_layer.name, pair.output_layer.weight)
         heads = attention_moment(attention_input, value[pair.value_rows], pair.bias(), pair.output_columns)
-        stream.add(output, heads, flow.after_attention)
-        mlp_input = _normed(stream.moment, flow.mlp_norm)
+        entering = stream.moment
+        stream.add(output, heads, flow.after_attention, flow.residual_scale)
+        mlp_input = _normed(entering if flow.parallel else stream.moment, flow.mlp_norm)
         up, up_bias = rows_of(hidden.up, hidden.up_rows)
         if hidden.up.name in weights:
             up = weights[hidden.up.name][hidden.up_rows]
@@ -65,7 +62,7 @@ class WeightMoments:
                 gate = weights[hidden.gate.name][hidden.gate_rows]
         units = mlp_moment(mlp_input, up, up_bias, gate, gate_bias, hidden.activation)
         down = weights.get(hidden.down.name, hidden.down.weight)
-        stream.add(down, units, flow.after_mlp)
+        stream.add(down, units, flow.after_mlp, flow.residual_scale)
         return {
             pair.value_layer.name: attention_input,
             pair.output_layer.name: heads,

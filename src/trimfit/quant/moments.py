@@ -57,10 +57,14 @@ class ResidualStream:
     def __init__(self, size: int, mean_square: float, device: torch.device):
         self.moment = torch.eye(size, device=device) * mean_square
 
-    def add(self, weight: Tensor, moment: Tensor, norm: Norm | None = None) -> None:
-        """Adds what a layer W (n, in) writes for inputs with that moment (in, in), through a norm if there is one."""
+    def add(self, weight: Tensor, moment: Tensor, norm: Norm | None = None, scale: float = 1.0) -> None:
+        """Adds what a layer W (n, in) writes for inputs with that moment (in, in), through a norm if there is one.
+
+        It is multiplied by `scale` before it is added.
+        """
         written = weight.to(moment) @ moment @ weight.to(moment).T
-        self.moment = self.moment + (written if norm is None else norm.moment(written))
+        written = written if norm is None else norm.moment(written)
+        self.moment = self.moment + scale**2 * written
 
 
 def attention_moment(inputs: Tensor, values: Tensor, bias: Tensor | None, columns: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trimfit.masks import NM, SELECTORS, Pattern, Scope, Unstructured, joint, keep_best
-from trimfit.masks.joint import admm_mask, project, select, stages
+from trimfit.masks.joint import admm, fit, project, select, stages
 from trimfit.refit import Cholesky, refit
 from trimfit.refit.gram import FactoredGram
 
@@ -65,27 +65,23 @@ def test_project_is_keep_best(rows: int, width: int, percent: int, scope: Scope,
         assert torch.equal(project(scores, NM(1, 3)), keep_best(scores, NM(1, 3)))
 
 
-def textbook_admm(dense: Tensor, matrix: Tensor, pattern: Pattern) -> Tensor:
-    """ALPS as its authors write it, with W, D and V."""
+def textbook_admm(dense: Tensor, matrix: Tensor, pattern: Pattern, rho: float) -> tuple[Tensor, Tensor]:
+    """ALPS as its authors write it, with W, D and V, and with our schedule of ρ."""
     identity = torch.eye(len(matrix), dtype=matrix.dtype)
-    rho, sparse, dual = 0.1, dense, torch.zeros_like(dense)
-    before = None
+    sparse, dual = dense, torch.zeros_like(dense)
+    mask = before = keep_best(dense.abs(), pattern)
     for step in range(1, 301):
         weight = (dense @ matrix - dual + rho * sparse) @ torch.linalg.inv(matrix + rho * identity)
         split = weight + dual / rho
         mask = keep_best(split.abs(), pattern)
         sparse = torch.where(mask, split, 0)
         dual = dual + rho * (weight - sparse)
-        if step == 1:
-            before = mask
-        if step % 3 == 0:
-            assert before is not None
-            changed = int((mask & ~before).sum()) / int(mask.sum())
-            if changed == 0:
+        if step % 5 == 0:
+            if int((mask & ~before).sum()) <= 1e-3 * int(mask.sum()):
                 break
             before = mask
-            rho *= 1.3 if changed >= 0.1 else 1.2 if changed >= 0.005 else 1.1
-    return mask
+            rho *= 1.3
+    return mask, sparse
 
 
 @every_pattern
@@ -93,14 +89,37 @@ def test_admm_is_the_textbook_one(pattern: Pattern):
     for seed in range(3):
         weight, gram = correlated_layer(6, 24, seed)
         dense = weight.double() / gram.scale
-        assert torch.equal(admm_mask(dense, gram.matrix, pattern), textbook_admm(dense, gram.matrix, pattern))
+        mask, split = admm(dense, gram.matrix, pattern, 0.05)
+        expected_mask, expected_split = textbook_admm(dense, gram.matrix, pattern, 0.05)
+        assert torch.equal(mask, expected_mask)
+        torch.testing.assert_close(split, expected_split)
 
 
 @every_pattern
 def test_admm_stops_at_its_limit(pattern: Pattern):
     weight, gram = correlated_layer(6, 24, 0)
     dense = weight.double() / gram.scale
-    assert torch.equal(admm_mask(dense, gram.matrix, pattern, max_steps=1), keep_best(dense.abs(), pattern))
+    mask, split = admm(dense, gram.matrix, pattern, 0.1, max_steps=1)
+    assert torch.equal(mask, keep_best(dense.abs(), pattern))
+    assert torch.equal(split, dense * mask)
+
+
+@every_pattern
+def test_fit_comes_near_the_optimum_from_anywhere(pattern: Pattern):
+    weight, gram = correlated_layer(16, 48, 1)
+    dense = weight.double() / gram.scale
+    mask = keep_best(dense.abs(), pattern)
+    best = refitted_error(mask, weight, gram)
+    for start in (dense, -dense, torch.zeros_like(dense)):
+        fitted = fit(dense, start * mask, mask, gram)
+        error, before = (damped_error(what * gram.scale, weight, gram) for what in (fitted, start * mask))
+        assert error <= best + 1e-3 * before
+
+
+def test_fit_leaves_rows_alone_that_nothing_can_improve():
+    weight, gram = correlated_layer(4, 16, 0)
+    dense = weight.double() / gram.scale
+    assert torch.equal(fit(dense, dense, torch.ones_like(dense, dtype=torch.bool), gram), dense)
 
 
 @every_pattern
@@ -109,7 +128,7 @@ def test_layer_error_never_rises_from_stage_to_stage(pattern: Pattern, dtype: to
     for seed in range(3):
         weight, gram = correlated_layer(16, 32, seed)
         passed = list(stages(weight.to(dtype), gram, pattern))
-        assert [stage.name for stage in passed] == ["sparsegpt", "fitted", "admm", "swaps"]
+        assert [stage.name for stage in passed] == ["admm", "fitted", "swaps"]
         errors = [damped_error(stage.weight * gram.scale, weight, gram) for stage in passed]
         assert all(after <= before for before, after in pairwise(errors))
         assert errors[-1] < errors[0]
@@ -133,7 +152,7 @@ def test_weights_are_optimal_on_the_mask(pattern: Pattern):
     selection = select(weight, gram, pattern)
     assert selection.weight is not None
     best = refitted_error(selection.mask, weight, gram)
-    assert damped_error(selection.weight, weight, gram) <= best * (1 + 1e-2)
+    assert damped_error(selection.weight, weight, gram) <= best * (1 + 3e-3)
     assert not selection.weight[~selection.mask].any()
 
 
@@ -147,15 +166,13 @@ def test_no_worse_than_sparsegpt_and_wanda_with_optimal_weights(pattern: Pattern
             assert own < other
 
 
-@every_pattern
-def test_no_worse_than_sparsegpt_whatever_admm_finds(pattern: Pattern, monkeypatch: pytest.MonkeyPatch):
-    def worst(dense: Tensor, matrix: Tensor, pattern: Pattern) -> Tensor:
-        return keep_best(-dense.abs(), pattern)
-
-    monkeypatch.setattr(joint, "admm_mask", worst)
-    weight, gram = correlated_layer(12, 24, 0)
-    other = refitted_error(SELECTORS["sparsegpt"].select(weight, gram, pattern).mask, weight, gram)
-    assert refitted_error(select(weight, gram, pattern).mask, weight, gram) <= other * (1 + 1e-3)
+def test_wide_and_well_conditioned_layers_do_without_swaps(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(joint, "_SWAPS_UP_TO", 8)
+    weight, _ = correlated_layer(8, 16, 0)
+    for shared, names in ((9.0, ["admm", "fitted", "swaps"]), (0.0, ["admm", "fitted"])):
+        gram = FactoredGram(torch.eye(16) + shared, 0.01)
+        passed = stages(weight, gram, Unstructured(0.5, "row"))
+        assert [stage.name for stage in passed] == names
 
 
 def test_near_the_global_optimum_on_tiny_rows():

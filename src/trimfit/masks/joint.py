@@ -6,31 +6,37 @@ Everything happens in the coordinates v = w / scale, where the damped Gram matri
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from trimfit.masks import sparsegpt
 from trimfit.masks.patterns import NM, Pattern, Scope, keep_best, prune_counts
 from trimfit.masks.selection import Selection, usable_weight
 from trimfit.masks.swaps import row_errors, swap
-from trimfit.refit.auto import Auto
+from trimfit.refit.conjugate_gradients import ConjugateGradients
 from trimfit.refit.gram import FactoredGram
 
 DEFAULT_SCOPE: Scope = "layer"
 MAX_STEPS = 300
-_FIRST_RHO = 0.1
-_STEPS_PER_RHO = 3
-_RHO_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # (share of the support that changed, at least; factor)
-_SETTLED = 1e-3  # share of the support; ALPS goes on to 0, measured: a third more time for 0.05 % of the layer error
-_TOLERANCE = 1e-4  # of the fits on a mask: the relative gap that is aimed at
+# Measured (docs/benchmarks.md): a first ρ well below the curvature of H finds masks with up to 15 % less error than the
+# 0.1 of ALPS where H is badly conditioned; more steps for each ρ then cost less than the inverses of a slower growth.
+_FIRST_RHO = (0.003, 0.1)  # least: what float32 still factorises; most: as ALPS
+_FIRST_RHO_SHARE = 0.3  # of the harmonic mean of H's eigenvalues
+_STEPS_PER_RHO = 5
+_RHO_GROWTH = 1.3
+_SETTLED = 1e-3  # share of the support that changed while ρ stayed; ALPS goes on to 0
+_SWAPS_BELOW = 0.3  # harmonic mean of the eigenvalues: above, swaps gain less than 0.5 % in wide layers
+_SWAPS_UP_TO = 256  # inputs: there they are cheap, and gain 1 % whatever the matrix is
+_TOLERANCE = 1e-3  # of the fit: how far above its optimum the error of a row may be, as a share of that of ADMM's D
 _CHUNK_ELEMENTS = 2**25  # of the rows fitted together, to bound memory
+_FEW = 16  # entries in a run, up to which passes over all runs at once are faster than a selection in each
 
 
 @dataclass(frozen=True)
 class Stage:
     """A mask (m, n) bool with its weights (m, n) in unit-diagonal coordinates, zero off the mask.
 
-    `name` is "sparsegpt", "fitted", "admm" or "swaps".
+    `name` is "admm", "fitted" or "swaps".
     """
 
     name: str
@@ -40,7 +46,7 @@ class Stage:
 
 @torch.no_grad()
 def select(weight: Tensor, gram: FactoredGram, pattern: Pattern) -> Selection:
-    """ADMM over weights and mask, then exact 1-swaps; never worse than SparseGPT's mask, both with optimal weights.
+    """ADMM over weights and mask, the optimal weights on that mask, and exact 1-swaps where they promise much.
 
     `weight` is (out, in), any floating dtype; weights of dead inputs count, and come back, as 0. The weights returned
     are the optimum on the mask, up to a small gap that is not certified. Deterministic.
@@ -65,34 +71,33 @@ def stages(weight: Tensor, gram: FactoredGram, pattern: Pattern) -> Iterator[Sta
 
     `weight` is (m, n) float32 or float64, zero for dead inputs.
     """
-    start = sparsegpt.select(weight, gram, pattern)
-    assert start.weight is not None
     gram = gram.certifiable
-    dense, own = (part.to(gram.raw.device).to(gram.raw.dtype) / gram.scale for part in (weight, start.weight))
-    mask = start.mask.to(dense.device)
-    yield Stage("sparsegpt", mask, own)
-    best = _better(dense, gram, (mask, own), (mask, fit(dense, mask, gram)), by_row=True)
-    yield Stage("fitted", *best)
-    mask = admm_mask(dense.to(weight.dtype), gram.matrix.to(weight.dtype), pattern)
-    # Rows of two masks cannot be mixed where only their total is given.
-    by_row = isinstance(pattern, NM) or pattern.scope == "row"
-    mask, fitted = _better(dense, gram, best, (mask, fit(dense, mask, gram)), by_row=by_row)
-    yield Stage("admm", mask, fitted)
-    yield Stage("swaps", *swap(dense, fitted, mask, gram, pattern))
+    dense = weight.to(gram.raw.device).to(gram.raw.dtype) / gram.scale
+    curvature = gram.size / gram.inverse.diagonal().sum().item()  # 1 for uncorrelated inputs, near 0 at worst
+    first_rho = min(max(_FIRST_RHO_SHARE * curvature, _FIRST_RHO[0]), _FIRST_RHO[1])
+    mask, split = admm(dense.to(weight.dtype), gram.matrix.to(weight.dtype), pattern, first_rho)
+    split = split.to(dense.dtype)
+    yield Stage("admm", mask, split)
+    fitted = fit(dense, split, mask, gram)
+    yield Stage("fitted", mask, fitted)
+    if curvature < _SWAPS_BELOW or gram.size <= _SWAPS_UP_TO:
+        yield Stage("swaps", *swap(dense, fitted, mask, gram, pattern))
 
 
-def admm_mask(dense: Tensor, matrix: Tensor, pattern: Pattern, max_steps: int = MAX_STEPS) -> Tensor:
-    """The mask (m, n) on which ADMM for ½‖X(D − Ŵ)ᵀ‖² settles, with D of the pattern (ALPS, Alg. 1).
+def admm(
+    dense: Tensor, matrix: Tensor, pattern: Pattern, first_rho: float, max_steps: int = MAX_STEPS
+) -> tuple[Tensor, Tensor]:
+    """(mask, D), both (m, n), on which ADMM for ½‖X(D − Ŵ)ᵀ‖² settles, with D of the pattern (ALPS, Alg. 1).
 
     With the dual V, a step is: W = (ŴH − V + ρD)(H + ρI)⁻¹; D = the best of S = W + V/ρ; V = V + ρ(W − D) = ρ(S − D).
-    So S and the mask are all its state: D is S where kept, V is ρS where pruned. ρ grows, the slower the fewer
-    entries of the support change; the steps end when none does.
+    So S and the mask are all its state: D is S where kept, V is ρS where pruned. ρ grows until hardly an entry of the
+    support changes.
 
     `dense` Ŵ is (m, n) and `matrix` H (n, n) with a unit diagonal, both of one dtype.
     """
     goal = dense @ matrix
     split, mask = dense, project(dense.abs(), pattern)  # the first step, from D = Ŵ and V = 0
-    rho = dual_rho = _FIRST_RHO
+    rho = dual_rho = first_rho
     inverse = _shifted_inverse(matrix, rho)
     size, before = max(1, int(mask.sum())), mask
     for step in range(2, max_steps + 1):
@@ -102,13 +107,12 @@ def admm_mask(dense: Tensor, matrix: Tensor, pattern: Pattern, max_steps: int = 
         mask = project(split.abs(), pattern)
         dual_rho = rho
         if step % _STEPS_PER_RHO == 0:
-            changed = int((mask & ~before).sum()) / size
-            if changed <= _SETTLED:
+            if int((mask & ~before).sum()) <= _SETTLED * size:
                 break
             before = mask
-            rho *= next(factor for share, factor in _RHO_GROWTH if changed >= share)
+            rho *= _RHO_GROWTH
             inverse = _shifted_inverse(matrix, rho)
-    return mask
+    return mask, split * mask
 
 
 def project(scores: Tensor, pattern: Pattern) -> Tensor:
@@ -133,23 +137,53 @@ def project(scores: Tensor, pattern: Pattern) -> Tensor:
 
 def _kth_lowest(runs: Tensor, k: int) -> Tensor:
     """The k-th lowest value of each row of (m, n), k from 1."""
-    if runs.device.type == "cpu":
-        return runs.kthvalue(k, dim=1).values
+    if runs.shape[1] <= _FEW:
+        return _kth_lowest_of_few(runs, k)
+    if runs.device.type == "cpu":  # kthvalue takes ten times as long
+        return torch.from_numpy(np.partition(runs.numpy(), k - 1, axis=1)[:, k - 1].copy())
     return runs.sort(dim=1).values[:, k - 1]  # there kthvalue goes through each row, here a layer, with one block
 
 
-def fit(dense: Tensor, mask: Tensor, gram: FactoredGram) -> Tensor:
-    """(m, n) optimal weights on `mask` (m, n), as `refit` finds them, without its certificate."""
-    solver = Auto(_TOLERANCE).choose(gram, mask)
-    fitted = dense * mask
+def _kth_lowest_of_few(runs: Tensor, k: int) -> Tensor:
+    """Takes the lowest entry of every run out, k times."""
+    columns = list(runs.T.contiguous())
+    lowest = columns[0]
+    for _ in range(k):
+        lowest, *others = columns
+        columns: list[Tensor] = []
+        for other in others:
+            columns.append(torch.maximum(lowest, other))
+            lowest = torch.minimum(lowest, other)
+    return lowest
+
+
+def fit(dense: Tensor, start: Tensor, mask: Tensor, gram: FactoredGram) -> Tensor:
+    """(m, n) optimal weights on `mask` (m, n), to 1e-3 of the error of `start` (m, n), which should be close.
+
+    A row begins from the masked `dense` (m, n) where that is no worse, and stays where it would not become better.
+    """
+    solver = ConjugateGradients("masked_inverse", _TOLERANCE)
+    fitted = torch.empty_like(start)
     for rows in torch.arange(len(dense), device=dense.device).split(max(1, _CHUNK_ELEMENTS // gram.size)):
-        residual = ((dense[rows] - fitted[rows]) @ gram.matrix) * mask[rows]
+        goal, keep = dense[rows], mask[rows]
+        begin, before, product = _better(goal, start[rows], goal * keep, gram)
+        residual = product * keep
         unit = residual.abs().amax(1, keepdim=True)
         unit = torch.where(unit > 0, unit, 1.0)
-        gain = torch.zeros_like(unit[:, 0])
-        correction, _ = solver.correct(gram, residual / unit, mask[rows], gain, solver.max_steps)
-        fitted[rows] += correction * unit
+        # The solver's tolerance is put relative to the error, not to a gain: it is what should come close.
+        scale = before / unit[:, 0] / unit[:, 0]
+        correction, _ = solver.correct(gram, residual / unit, keep, scale, solver.max_steps)
+        fitted[rows], _, _ = _better(goal, begin + correction * unit, begin, gram)
     return fitted
+
+
+def _better(dense: Tensor, first: Tensor, second: Tensor, gram: FactoredGram) -> tuple[Tensor, Tensor, Tensor]:
+    """Of two weights (m, n) that with the lower error in each row, the second of equals; its error (m,); (Ŵ − W)H."""
+    products = [(dense - weight) @ gram.matrix for weight in (first, second)]
+    errors = [row_errors(dense - weight, product) for weight, product in zip((first, second), products, strict=True)]
+    choice = errors[0] < errors[1]
+    weight, product = (torch.where(choice[:, None], *pair) for pair in ((first, second), products))
+    return weight, torch.minimum(*errors), product
 
 
 def _shifted_inverse(matrix: Tensor, shift: float) -> Tensor:
@@ -157,14 +191,3 @@ def _shifted_inverse(matrix: Tensor, shift: float) -> Tensor:
     shifted = matrix.clone()
     shifted.diagonal().add_(shift)
     return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
-
-
-def _better(
-    dense: Tensor, gram: FactoredGram, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], *, by_row: bool
-) -> tuple[Tensor, Tensor]:
-    """Of two (mask, weights) that with the lower error, for each row or for all together; the first of equals."""
-    errors = [row_errors(change, change @ gram.matrix) for change in (dense - first[1], dense - second[1])]
-    if not by_row:
-        errors = [error.sum().expand(len(dense)) for error in errors]
-    choice = (errors[1] < errors[0])[:, None]
-    return torch.where(choice, second[0], first[0]), torch.where(choice, second[1], first[1])

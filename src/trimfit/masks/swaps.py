@@ -23,8 +23,8 @@ from trimfit.masks.patterns import NM, Pattern
 from trimfit.refit.gram import FactoredGram
 from trimfit.refit.solver import working_dtype
 
-CANDIDATES = 32  # of each row, kept and pruned ones together
-SWAPS = 16  # of each row, at most
+CANDIDATES = 24  # of each row, kept and pruned ones together
+SWAPS = 12  # of each row, at most
 _CHUNK_ELEMENTS = 2**26  # of what is kept of the eliminations while swaps are made
 _BATCH_ELEMENTS = 2**25  # of the kept submatrices held at once
 _BATCH_ELEMENTS_CPU = 2**20  # about what its caches hold

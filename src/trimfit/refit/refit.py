@@ -54,6 +54,7 @@ def refit(
     mask: Tensor,
     *,
     target: Tensor | None = None,
+    start: Tensor | None = None,
     damping: float | None = None,
     solver: Solver | Auto | None = None,
 ) -> RefitSolution:
@@ -67,6 +68,8 @@ def refit(
     - `weight`: (m, n) dense weights, as in y = W x.
     - `mask`: (m, n) bool, True = kept.
     - `target`: (m, n) the linear term G. None is G = W H: reproduce the dense layer on the same inputs.
+    - `start`: (m, n) weights to begin from, such as a selector's own; entries off the mask do not count. A row begins
+    from the masked weights where those are better. Certificates mean the same with and without it.
     - `damping`: λ ≥ 0 in H + λ·mean(diag H)·I, which pulls towards `weight`; 0 by default. Raised, and the reason
       logged, when the matrix cannot be factorised. Not to be given with a `FactoredGram`, which has its own.
     - `solver`: `Auto()`, `Cholesky()` or `ConjugateGradients()`, with the tolerance on the relative gap.
@@ -78,21 +81,23 @@ def refit(
 
     Raises `InputError` for shapes that do not fit and for NaN or infinite entries.
     """
-    start = time.perf_counter()
+    began = time.perf_counter()
     if not isinstance(gram, FactoredGram):
         gram = FactoredGram(gram, damping or 0.0)
     elif damping is not None:
         raise InputError("damping belongs to the FactoredGram when one is given: leave it out here")
     check(gram, weight, mask, target)
+    if start is not None:
+        _check_start(start, weight)
     gram = gram.certifiable
     chosen = solver or Auto()
     if isinstance(chosen, Auto):
         chosen = chosen.choose(gram, mask)
     size = max(1, _CHUNK_ELEMENTS // gram.size)
-    targets = [None] * len(weight) if target is None else target.split(size)
+    targets, starts = ([None] * len(weight) if what is None else list(what.split(size)) for what in (target, start))
     parts = [
-        _solve(make_problem(gram, dense, kept, goal), dense, chosen)
-        for dense, kept, goal in zip(weight.split(size), mask.split(size), targets, strict=False)
+        _solve(make_problem(gram, dense, kept, goal), dense, first, chosen)
+        for dense, kept, goal, first in zip(weight.split(size), mask.split(size), targets, starts, strict=False)
     ]
     return RefitSolution(
         weight=torch.cat([part.weight for part in parts]).to(weight.device),
@@ -101,7 +106,7 @@ def refit(
         steps=max(part.steps for part in parts),
         damping=gram.damping,
         solver=chosen,
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - began,
     )
 
 
@@ -113,7 +118,7 @@ class _Part:
     steps: int
 
 
-def _solve(problem: Problem, dense: Tensor, solver: Solver) -> _Part:
+def _solve(problem: Problem, dense: Tensor, start: Tensor | None, solver: Solver) -> _Part:
     """Corrects what the exact residual shows until every row is certified: iterative refinement.
 
     Weights are held in the dtype in which they are returned, so that certificates are of these very weights.
@@ -121,6 +126,12 @@ def _solve(problem: Problem, dense: Tensor, solver: Solver) -> _Part:
     dtype = torch.promote_types(dense.dtype, torch.float32)
     weight = torch.where(problem.mask, dense.to(problem.mask.device), 0).to(dtype)
     certificate, residual = certify_start(problem)
+    if start is not None:
+        candidate = torch.where(problem.mask, start.to(weight.device), 0).to(dtype)
+        after, new_residual = certify(problem, candidate)
+        rows = (torch.isfinite(after.gap) & (after.gain > 0)).nonzero()[:, 0]
+        weight[rows], residual[rows] = candidate[rows], new_residual[rows]
+        certificate = certificate.replace(rows, after.rows(rows))
     steps, status = 0, Status.OPTIMAL
     unfinished = (~(certificate.relative <= solver.tolerance)).nonzero()[:, 0]
     while len(unfinished):
@@ -156,3 +167,14 @@ def _correct(problem: Problem, residual: Tensor, gain: Tensor, solver: Solver, m
             problem.gram, residual / unit, problem.mask, gain / unit[:, 0] / unit[:, 0], max_steps
         )
     return correction * unit * problem.gram.scale, taken
+
+
+def _check_start(start: Tensor, weight: Tensor) -> None:
+    """Raises `InputError` where `start` could not stand in for `weight`."""
+    if start.shape != weight.shape or not start.is_floating_point() or start.device != weight.device:
+        raise InputError(
+            f"the start must be floating, of shape {tuple(weight.shape)} and on {weight.device} as the weight is, but "
+            f"it is {start.dtype} of shape {tuple(start.shape)} on {start.device}"
+        )
+    if not torch.isfinite(start).all():
+        raise InputError("the start has NaN or infinite entries: leave it out, or mend the selector that made it")

@@ -1,21 +1,21 @@
-"""Second moments summed over calibration tokens as they stream past: nothing but (n, n) sums is kept."""
+"""Second moments summed over calibration tokens as they stream past: nothing but the sums is kept."""
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Drift:
-    """How a layer's inputs X differ from those X̃ of the same layer in the dense model: Δ = X − X̃.
+    """How far the model in work has drifted from the dense model, as far as a layer's inputs X can tell.
 
-    - `cross`: (n, n) float32 XᵀΔ / T.
-    - `square`: (n, n) float32 ΔᵀΔ / T.
+    - `inputs`: (n, n) float32 ΔᵀX / T with Δ = X − X̃ and X̃ the inputs of the same layer in the dense model.
+    - `residual`: (d, n) float32 (R − R̃)ᵀX / T with R the residual stream to which the layer adds its output, R̃ that of
+      the dense model; None for a layer that adds to none.
     """
 
-    cross: Tensor
-    square: Tensor
+    inputs: Tensor
+    residual: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,24 @@ class InputMoments:
     """Second moments of a layer's inputs X over T tokens.
 
     - `gram`: (n, n) float32 H = XᵀX / T.
-    - `drift`: from the dense model's inputs; None when these are not known.
+    - `drift`: None when the dense model was not followed.
     """
 
     gram: Tensor
     drift: Drift | None
+
+
+@dataclass(frozen=True)
+class Drifted:
+    """What came of the same tokens in the dense model, with the shapes of what came of them in the model in work.
+
+    - `inputs`: of the layer.
+    - `residual`, `dense_residual`: (..., d) the residual stream in the model in work and in the dense model, or None.
+    """
+
+    inputs: Tensor
+    residual: Tensor | None
+    dense_residual: Tensor | None
 
 
 class MomentSum:
@@ -35,33 +48,34 @@ class MomentSum:
 
     def __init__(self) -> None:
         self.tokens = 0
-        self._gram: Tensor | None = None
-        self._cross: Tensor | None = None
-        self._square: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}
 
-    def add(self, inputs: Tensor, dense: Tensor | None = None) -> None:
-        """Adds the tokens of `inputs` (..., n); `dense` is what the layer receives for them in the dense model."""
-        rows = _rows(inputs)
-        self._gram = _add_product(self._gram, rows, rows)
-        if dense is not None:
-            drift = rows - _rows(dense)
-            self._cross = _add_product(self._cross, rows, drift)
-            self._square = _add_product(self._square, drift, drift)
-        self.tokens += len(rows)
+    def add(self, inputs: Tensor, drifted: Drifted | None = None) -> None:
+        """Adds the tokens of `inputs` (..., n)."""
+        x = _rows(inputs)
+        self.tokens += len(x)
+        self._add("gram", x, x)
+        if drifted is None:
+            return
+        self._add("inputs", x - _rows(drifted.inputs), x)
+        if drifted.residual is not None and drifted.dense_residual is not None:
+            self._add("residual", _rows(drifted.residual) - _rows(drifted.dense_residual), x)
+
+    def _add(self, name: str, a: Tensor, b: Tensor) -> None:
+        if name in self._sums:
+            self._sums[name].addmm_(a.T, b)
+        else:
+            self._sums[name] = a.T @ b
 
     @property
     def value(self) -> InputMoments:
         """The means over the tokens."""
-        if self._gram is None:
+        if not self._sums:
             raise ValueError("no tokens were added")
-        if self._cross is None or self._square is None:
-            return InputMoments(self._gram / self.tokens, None)
-        return InputMoments(self._gram / self.tokens, Drift(self._cross / self.tokens, self._square / self.tokens))
+        mean = {name: total / self.tokens for name, total in self._sums.items()}
+        drift = Drift(mean["inputs"], mean.get("residual")) if "inputs" in mean else None
+        return InputMoments(mean["gram"], drift)
 
 
-def _rows(inputs: Tensor) -> Tensor:
-    return inputs.detach().reshape(-1, inputs.shape[-1]).float()
-
-
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    return a.T @ b if total is None else torch.addmm(total, a.T, b, out=total)
+def _rows(states: Tensor) -> Tensor:
+    return states.detach().reshape(-1, states.shape[-1]).float()

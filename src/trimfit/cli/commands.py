@@ -36,19 +36,35 @@ def prune(
         float | None, typer.Option(help="Share of weights to remove, 0 ≤ s < 1. [default: 0.5]")
     ] = None,
     pattern: Annotated[str | None, typer.Option(help="N:M instead of a sparsity: N kept of each M inputs.")] = None,
-    selector: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, thanos or joint.")] = "sparsegpt",
+    selector: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, thanos or joint.")] = "joint",
     scope: Annotated[
         str | None, typer.Option(help="Count per row or over the layer. [default: the selector's]")
     ] = None,
+    row_weights: Annotated[
+        str | None,
+        typer.Option(
+            help="How rows of Q and K compete over a layer: equal, or by what the attention makes of them. "
+            "\\[default: attention for joint]"
+        ),
+    ] = None,
     refit: Annotated[str, typer.Option(help="optimal, own (the selector's update) or none.")] = "optimal",
+    target: Annotated[
+        str, typer.Option(help="What to reproduce: dense (the dense model's activations) or layer (the layer's own).")
+    ] = "dense",
+    dense_share: Annotated[float, typer.Option(help="With the target dense: how far to go, 0 < s ≤ 1.")] = 0.5,
     solver: Annotated[str, typer.Option(help="auto, cholesky, cg or cg-diagonal.")] = "auto",
     tolerance: Annotated[float, typer.Option(help="Relative gap at which a row is finished.")] = 1e-4,
-    damping: Annotated[float, typer.Option(help="λ in H + λ·mean(diag H)·I.")] = 0.01,
+    damping: Annotated[
+        str, typer.Option(help="λ in H + λ·mean(diag H)·I, or auto: chosen on held-out windows.")
+    ] = "0.01",
     capture: Annotated[str, typer.Option(help="Recapture inputs per group (ours) or block (the paper's).")] = "group",
     ignore: Annotated[
         list[str] | None, typer.Option(help="Layers to leave dense: glob, or re:REGEX. Repeatable.")
     ] = None,
     held_out: Annotated[float, typer.Option(help="Share of windows kept aside to measure layer errors.")] = 0.125,
+    guard: Annotated[
+        bool, typer.Option(help="Give a layer simpler weights where the refit is worse on held-out windows.")
+    ] = True,
     calibration: Annotated[
         str,
         typer.Option(
@@ -79,13 +95,17 @@ def prune(
         "pattern": pattern,
         "selector": selector,
         "scope": scope,
+        "row_weights": row_weights,
         "refit": refit,
+        "target": target,
+        "dense_share": dense_share,
         "solver": solver,
         "tolerance": tolerance,
         "damping": damping,
         "capture": capture,
         "ignore": tuple(ignore or ()),
         "held_out": held_out,
+        "guard": guard,
         "batch_size": batch_size,
     }
     config = PruneConfig.model_validate(asked)

@@ -9,10 +9,12 @@ from trimfit.models.folds import Folds as Folds
 from trimfit.models.folds import HiddenScale as HiddenScale
 from trimfit.models.folds import InputScale as InputScale
 from trimfit.models.folds import ValueOutput as ValueOutput
+from trimfit.models.groups import Group as Group
+from trimfit.models.heads import QueryKey as QueryKey
+from trimfit.models.heads import find_query_key as find_query_key
 from trimfit.models.mode import evaluation_mode as evaluation_mode
 from trimfit.models.structure import Block as Block
 from trimfit.models.structure import Layer as Layer
 from trimfit.models.structure import find_blocks as find_blocks
 from trimfit.models.structure import select_layers as select_layers
-from trimfit.models.walk import Group as Group
 from trimfit.models.walk import Walker as Walker

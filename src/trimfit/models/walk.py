@@ -5,32 +5,22 @@ family is known by name, but for the hidden states.
 """
 
 import copy
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from trimfit.calibration import InputMoments, MomentSum
+from trimfit.calibration import Drifted, InputMoments, MomentSum
 from trimfit.errors import InputError
+from trimfit.models.groups import Group, find_groups
+from trimfit.models.hooks import Stop, after, before
 from trimfit.models.mode import evaluation_mode
 from trimfit.models.structure import Block, Layer
-
-
-class _Stop(Exception):
-    """Raised by a hook when the rest of a forward pass is not needed."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Layers of a block that receive the same input, and therefore share a Gram matrix."""
-
-    layers: tuple[Layer, ...]
-    calls: int  # of the first layer in one forward pass
 
 
 @dataclass
@@ -46,6 +36,15 @@ class _Call:
         else:
             output = module(hidden, *self.arguments, **self.keywords)
         return _states(output)
+
+
+@dataclass
+class _Seen:
+    """What a group sees in one forward pass: its inputs, call by call, and the residual stream it adds to."""
+
+    inputs: list[Tensor] = field(default_factory=list[Tensor])
+    output: Tensor | None = None
+    residual: Tensor | None = None
 
 
 @dataclass
@@ -109,35 +108,57 @@ class Walker:
     ) -> list[InputMoments]:
         sums = [MomentSum() for _ in groups]
         for index, batch in enumerate(self._hidden[windows]):
-            inputs = self._inputs(block, groups, batch)
-            dense = self._inputs(dense_block, groups, self._dense_hidden[windows][index]) if dense_block else inputs
-            for total, seen, seen_dense in zip(sums, inputs, dense, strict=True):
-                for x, y in zip(seen, seen_dense, strict=True):
-                    total.add(x, y if dense_block else None)
+            seen = self._see(block, groups, batch, residual=dense_block is not None)
+            if dense_block is None:
+                for total, one in zip(sums, seen, strict=True):
+                    for inputs in one.inputs:
+                        total.add(inputs)
+                continue
+            dense_seen = self._see(dense_block, groups, self._dense_hidden[windows][index], residual=True)
+            for total, one, dense in zip(sums, seen, dense_seen, strict=True):
+                for inputs, dense_inputs in zip(one.inputs, dense.inputs, strict=True):
+                    total.add(inputs, Drifted(dense_inputs, one.residual, dense.residual))
         return [total.value for total in sums]
 
-    def _inputs(self, block: Block, groups: Sequence[Group], batch: Tensor) -> list[list[Tensor]]:
-        """What each group receives, call by call, in a forward pass that ends as soon as the last was reached.
+    def _see(self, block: Block, groups: Sequence[Group], batch: Tensor, *, residual: bool) -> list[_Seen]:
+        """What groups see in a forward pass, which ends as soon as the last of them was reached.
 
         `block` is that of the groups, or its copy.
         """
-        seen: list[list[Tensor]] = [[] for _ in groups]
+        seen = [_Seen() for _ in groups]
         remaining = sum(group.calls for group in groups)
+        to_the_end = residual and any(group.adds_to == "output" for group in groups)
 
-        def record(into: list[Tensor]) -> Callable[..., None]:
+        def receive(one: _Seen) -> Callable[..., None]:
             def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
                 nonlocal remaining
-                into.append(arguments[0].clone())  # some models go on in place
+                one.inputs.append(arguments[0].clone())  # some models go on in place
                 remaining -= 1
-                if remaining == 0:
-                    raise _Stop
+                if remaining == 0 and not to_the_end:
+                    raise Stop
+
+            return hook
+
+        def give(one: _Seen) -> Callable[..., None]:
+            def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
+                one.output = output.clone()
 
             return hook
 
         modules = {layer.name: layer.module for layer in block.layers}
-        pairs = [(modules[group.layers[0].name], record(into)) for group, into in zip(groups, seen, strict=True)]
-        with _hooks(pairs), suppress(_Stop):
-            self._run(block, batch)
+        firsts = [modules[group.layers[0].name] for group in groups]
+        with (
+            before([(module, receive(one)) for module, one in zip(firsts, seen, strict=True)]),
+            after([(module, give(one)) for module, one in zip(firsts, seen, strict=True)] if to_the_end else []),
+            suppress(Stop),
+        ):
+            states = self._run(block, batch)
+            for group, one in zip(groups, seen, strict=True):
+                if group.adds_to == "output" and one.output is not None:
+                    one.residual = states.float() - one.output.view_as(states).float()
+        for group, one in zip(groups, seen, strict=True):
+            if residual and group.adds_to == "input":
+                one.residual = batch
         return seen
 
     def _run(self, block: Block, hidden: Tensor) -> Tensor:
@@ -164,45 +185,21 @@ class Walker:
                 f"or overflows in {expected[0].dtype}"
             )
         for block in self.blocks:
-            self._groups[block.index] = self._find_groups(block, hidden[0])
+            self._groups[block.index] = find_groups(block, partial(self._run, block), hidden[0])
             hidden = [self._run(block, states) for states in hidden]
         for states, plain in zip(hidden, expected, strict=True):
             # Token by token: the few with huge activations, which language models have, must not hide the others.
             if ((states - plain).float().norm(dim=-1) > 1e-2 * plain.float().norm(dim=-1)).any():
                 raise self._unsuitable()
 
-    def _find_groups(self, block: Block, hidden: Tensor) -> list[Group]:
-        seen: list[tuple[Tensor, list[Layer]]] = []
-        calls = dict.fromkeys((layer.name for layer in block.layers), 0)
-
-        def record(layer: Layer) -> Callable[..., None]:
-            def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-                calls[layer.name] += 1
-                if calls[layer.name] > 1:
-                    return
-                same = next((layers for x, layers in seen if _same_tensor(x, arguments[0])), None)
-                if same is None:
-                    seen.append((arguments[0], [layer]))
-                else:
-                    same.append(layer)
-
-            return hook
-
-        with _hooks([(layer.module, record(layer)) for layer in block.layers]):
-            self._run(block, hidden)
-        missed = [name for name, count in calls.items() if count == 0]
-        if missed:
-            raise InputError(f"{missed[0]} receives no input in a forward pass, so there is nothing to calibrate it on")
-        return [Group(tuple(layers), calls[layers[0].name]) for _, layers in seen]
-
     def _first_input(self, batch: Tensor) -> Tensor:
         caught: list[Tensor] = []
 
         def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             caught.append(keywords["hidden_states"] if "hidden_states" in keywords else arguments[0])
-            raise _Stop
+            raise Stop
 
-        with _hooks([(self.blocks[0].module, hook)], with_kwargs=True), suppress(_Stop):
+        with before([(self.blocks[0].module, hook)], with_kwargs=True), suppress(Stop):
             self._forward(batch)
         return caught[0]
 
@@ -211,7 +208,7 @@ class Walker:
         calls: list[_Call] = []
         outputs: list[Tensor] = []
 
-        def before(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        def enter(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             if "hidden_states" in keywords:
                 calls.append(_Call(arguments, {**keywords, "hidden_states": None}))
             elif arguments:
@@ -219,18 +216,16 @@ class Walker:
             else:
                 raise self._unsuitable()
 
-        def after(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        def leave(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
             outputs.append(_states(output))
-            raise _Stop
+            raise Stop
 
-        last = self.blocks[-1].module.register_forward_hook(after)
-        with _hooks([(block.module, before) for block in self.blocks], with_kwargs=True):
-            try:
-                self._forward(batch)
-            except _Stop:
-                pass
-            finally:
-                last.remove()
+        with (
+            before([(block.module, enter) for block in self.blocks], with_kwargs=True),
+            after([(self.blocks[-1].module, leave)]),
+            suppress(Stop),
+        ):
+            self._forward(batch)
         # Gemma 3n has streams before the batch; others call their blocks in another order, several times or not at all.
         if len(calls) != len(self.blocks) or not outputs or outputs[0].shape[:2] != batch.shape:
             raise self._unsuitable()
@@ -258,17 +253,3 @@ def _copy(block: Block) -> Block:
         Layer(layer.name, module.get_submodule(layer.name.removeprefix(f"{block.name}."))) for layer in block.layers
     ]
     return Block(block.index, block.name, module, tuple(layers))
-
-
-def _same_tensor(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
-
-
-@contextmanager
-def _hooks(pairs: Sequence[tuple[nn.Module, Callable[..., None]]], with_kwargs: bool = False) -> Generator[None]:
-    """Forward pre-hooks that live as long as the context."""
-    with ExitStack() as stack:
-        for module, hook in pairs:
-            handle: RemovableHandle = module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
-            stack.callback(handle.remove)
-        yield

@@ -1,6 +1,6 @@
 """What a run is asked to do: frozen, validated, serialisable."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -18,14 +18,22 @@ class PruneConfig(BaseModel):
     - `pattern`: "N:M", N kept of each M consecutive inputs; instead of `sparsity`.
     - `selector`: what picks the mask: "magnitude", "wanda", "sparsegpt", "thanos" or "joint".
     - `scope`: whether an unstructured mask counts per "row" or over the "layer"; None is the selector's own habit.
+    - `row_weights`: what an output counts when the rows of a layer compete: all "equal", or those of Q and K as much as
+      the "attention" logits make of them; None is "attention" for the selector joint, "equal" for others.
     - `refit`: "optimal" refits the dense weights to the mask; "own" keeps the selector's updated weights;
       "none" keeps the dense weights where the mask is True.
+    - `target`: what the refit, and the selector, aim at: "layer" is what the dense layer gives on the inputs of the
+      pruned model, as in the paper; "dense" goes `dense_share` of the way from there to what the dense model has.
+    - `dense_share`: in (0, 1]; belongs to the target "dense".
     - `solver`, `tolerance`: of the optimal refit; the tolerance is on the relative gap of every row.
-    - `damping`: λ in H + λ·mean(diag H)·I, for selectors and refit.
+    - `damping`: λ in H + λ·mean(diag H)·I, for selectors and refit; "auto" chooses it for each group of layers, by
+      the error of a refit on held-out windows.
     - `capture`: "group" sees inputs from the already pruned groups of the same block; "block" captures them all
       before the block changes, as the paper does.
     - `ignore`: layers that stay dense, as globs or "re:" patterns.
     - `held_out`: share of the windows on which layer errors are measured and nothing is fitted.
+    - `guard`: a layer gets simpler weights than those asked for where these are nearer to the target on the held-out
+      windows.
     - `batch_size`: windows in one forward pass.
     """
 
@@ -33,15 +41,19 @@ class PruneConfig(BaseModel):
 
     sparsity: float | None = Field(default=None, ge=0, lt=1)
     pattern: str | None = None
-    selector: str = "sparsegpt"
+    selector: str = "joint"
     scope: Literal["row", "layer"] | None = None
+    row_weights: Literal["equal", "attention"] | None = None
     refit: Literal["optimal", "own", "none"] = "optimal"
+    target: Literal["layer", "dense"] = "dense"
+    dense_share: float = Field(default=0.5, gt=0, le=1)
     solver: SolverName = "auto"
     tolerance: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
-    damping: float = Field(default=0.01, ge=0, allow_inf_nan=False)
+    damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = 0.01
     capture: Literal["group", "block"] = "group"
     ignore: tuple[str, ...] = ()
     held_out: float = Field(default=0.125, ge=0, lt=1)
+    guard: bool = True
     batch_size: int = Field(default=8, ge=1, le=2**20)
 
     @field_validator("selector")
@@ -66,11 +78,18 @@ class PruneConfig(BaseModel):
             parse_pattern(self.pattern)
             if self.scope is not None:
                 raise ValueError("scope belongs to an unstructured sparsity, not to an N:M pattern")
+        if self.damping == "auto" and self.held_out == 0:
+            raise ValueError("damping 'auto' is chosen on held-out windows: give held_out a share above 0")
         if self.refit == "own" and not SELECTORS[self.selector].updates_weights:
             raise ValueError(
                 f"the selector {self.selector} has no weight update of its own: use refit 'optimal' or 'none'"
             )
         return self
+
+    @property
+    def share(self) -> float:
+        """How far the goal is from the layer's own outputs towards the dense model's, in [0, 1]."""
+        return self.dense_share if self.target == "dense" else 0.0
 
     @property
     def mask_pattern(self) -> Pattern:
@@ -79,6 +98,13 @@ class PruneConfig(BaseModel):
             return parse_pattern(self.pattern)
         assert self.sparsity is not None  # one of the two is always there
         return Unstructured(self.sparsity, self.scope or SELECTORS[self.selector].default_scope)
+
+    @property
+    def weighs_rows(self) -> bool:
+        """Whether rows of Q and K compete by what the attention logits make of them."""
+        pattern = self.mask_pattern
+        asked = self.row_weights == "attention" or (self.row_weights is None and self.selector == "joint")
+        return asked and isinstance(pattern, Unstructured) and pattern.scope == "layer"
 
     def make_solver(self) -> Solver | Auto:
         """The solver with the tolerance asked for."""

@@ -2,21 +2,22 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimfit.calibration import split_held_out
-from trimfit.masks import SELECTORS, Selection, check_width
-from trimfit.models import Block, Group, Layer, Walker, check_causal, find_blocks, select_layers
+from trimfit.calibration import InputMoments, split_held_out
+from trimfit.errors import InputError
+from trimfit.masks import check_width
+from trimfit.models import Block, Group, Walker, check_causal, find_blocks, find_query_key, select_layers
 from trimfit.pipelines.checks import check_finite, check_tokens, naming
 from trimfit.pipelines.config import PruneConfig
-from trimfit.pipelines.layer_error import LayerErrorMeter
+from trimfit.pipelines.damping import choose_damping
 from trimfit.pipelines.observer import Observer, Silent
+from trimfit.pipelines.prune_layer import Inputs, prune_layer
 from trimfit.pipelines.records import LayerRecord, PruneReport, peak_memory, versions
-from trimfit.refit import FactoredGram, RefitSolution, refit
+from trimfit.pipelines.row_weights import attention_row_weights
+from trimfit.refit import FactoredGram
 
 
 def prune(
@@ -45,12 +46,17 @@ def prune(
     blocks = select_layers(model, find_blocks(model), config.ignore)
     _check(model, tokens, blocks, config)
     fit, held_out = split_held_out(tokens, config.held_out)
+    if config.damping == "auto" and not len(held_out):
+        raise InputError(
+            f"damping 'auto' is chosen on held-out windows, but a share of {config.held_out} of {len(tokens)} windows "
+            "is none; give more windows or a larger share"
+        )
     windows = {"fit": fit, "held_out": held_out} if len(held_out) else {"fit": fit}
 
     total = sum(layer.weight.numel() for block in blocks for layer in block.layers)
     done = 0
     records: list[LayerRecord] = []
-    walker = Walker(model, blocks, windows, config.batch_size)
+    walker = Walker(model, blocks, windows, config.batch_size, dense=config.target == "dense")
     observer.stage("reading the calibration windows")
     for block in walker:
         observer.stage(f"block {block.index + 1} of {len(blocks)}")
@@ -73,68 +79,33 @@ def prune(
     )
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """What is known of a group's inputs: the factorised Gram matrix, and the plain ones to measure errors with."""
-
-    factored: FactoredGram
-    calibration: Tensor
-    held_out: Tensor | None
-
-
 def _prune_groups(walker: Walker, block: Block, groups: Sequence[Group], config: PruneConfig) -> Iterator[LayerRecord]:
-    """Prunes groups whose inputs are captured together; the Gram matrices live no longer than this generator."""
-    grams = {name: walker.grams(block, groups, name) for name in walker.windows}
+    """Prunes groups whose inputs are captured together; their second moments live no longer than this generator."""
+    moments = {name: walker.moments(block, groups, name) for name in walker.windows}
     for group in groups:
-        gram, *held_out = (grams[name].pop(0) for name in walker.windows)
+        fit, *rest = (moments[name].pop(0) for name in walker.windows)
+        held_out = rest[0] if rest else None
         with naming(group.layers[0]):
-            inputs = _Inputs(FactoredGram(gram, config.damping), gram, held_out[0] if held_out else None)
+            row_weights = _row_weights(walker, block, group, fit) if config.weighs_rows else {}
+            inputs = Inputs(_factorise(group, fit, held_out, config), fit, held_out, row_weights)
         for layer in group.layers:
-            yield _prune_layer(layer, block.index, inputs, config, walker.model.device)
+            yield prune_layer(layer, block.index, inputs, config, config.mask_pattern)
 
 
-def _prune_layer(layer: Layer, block: int, inputs: _Inputs, config: PruneConfig, device: torch.device) -> LayerRecord:
-    start = time.perf_counter()
-    dense = layer.weight.float().clone(memory_format=torch.contiguous_format)  # GPT-2 keeps it transposed
-    with naming(layer):
-        selection = SELECTORS[config.selector].select(dense, inputs.factored, config.mask_pattern)
-        weight, solution = _weights(dense, selection, inputs.factored, config)
-    layer.write(weight)
-    errors = LayerErrorMeter(dense, inputs.calibration, inputs.held_out)
-    return LayerRecord(
-        name=layer.name,
-        block=block,
-        shape=(dense.shape[0], dense.shape[1]),
-        sparsity=1 - int(selection.mask.sum()) / selection.mask.numel(),
-        masked=errors.measure(_masked(dense, selection)),
-        final=errors.measure(weight),
-        stored=errors.measure(layer.weight),
-        certificate=solution.certificate.layer if solution else None,
-        worst_row=solution.certificate.relative.max().item() if solution else None,
-        status=solution.status.value if solution else None,
-        solver=type(solution.solver).__name__ if solution else None,
-        steps=solution.steps if solution else None,
-        damping=solution.damping if solution else inputs.factored.damping,
-        seconds=time.perf_counter() - start,
-        peak_memory=peak_memory(device),
-    )
+def _row_weights(walker: Walker, block: Block, group: Group, fit: InputMoments) -> dict[str, Tensor]:
+    pair = find_query_key(walker.model, block)
+    names = {layer.name for layer in group.layers}
+    if pair is None or not {pair.query.name, pair.key.name} <= names:
+        return {}
+    return attention_row_weights(pair, fit.gram)
 
 
-def _weights(
-    dense: Tensor, selection: Selection, gram: FactoredGram, config: PruneConfig
-) -> tuple[Tensor, RefitSolution | None]:
-    """The layer's new weights; with the solution where they were refitted."""
-    if config.refit == "none":
-        return _masked(dense, selection), None
-    if config.refit == "own":
-        assert selection.weight is not None  # the config refuses selectors without an update
-        return selection.weight, None
-    solution = refit(gram, dense, selection.mask, solver=config.make_solver())
-    return solution.weight, solution
-
-
-def _masked(dense: Tensor, selection: Selection) -> Tensor:
-    return torch.where(selection.mask, dense, 0.0)
+def _factorise(group: Group, fit: InputMoments, held_out: InputMoments | None, config: PruneConfig) -> FactoredGram:
+    if config.damping != "auto":
+        return FactoredGram(fit.gram, config.damping)
+    assert held_out is not None  # the config refuses "auto" without a share, and `_check` a share without a window
+    weights = [layer.weight.float() for layer in group.layers]
+    return choose_damping(weights, [config.mask_pattern] * len(weights), fit, held_out, config.share)
 
 
 def _check(model: PreTrainedModel, tokens: Tensor, blocks: list[Block], config: PruneConfig) -> None:

@@ -3,11 +3,15 @@
 import importlib.metadata
 import platform
 import sys
+from typing import Literal, TypeAlias
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from trimfit.pipelines.config import PruneConfig
+
+# The weights that a layer was given: those of the optimal refit, the selector's own, or the dense ones under the mask.
+Accepted: TypeAlias = Literal["optimal", "own", "none"]
 
 
 class LayerError(BaseModel):
@@ -27,6 +31,9 @@ class LayerRecord(BaseModel):
 
     - `masked`, `final`: error with the dense weights under the mask, and with the weights as computed.
     - `stored`: error of the final weights once rounded to the model's dtype.
+    - `accepted`: the weights that the layer was given. Not those asked for where simpler ones were nearer to the target
+      on held-out windows: the refit had fitted too few tokens too closely. `certificate` and all of the solver are None
+      then.
     - `certificate`: proven bound on the distance to the optimum relative to the gain over the masked weights, of the
       whole layer; `worst_row` the largest of a single row. None where nothing was refitted.
     - `damping`: λ used; it is above the λ asked for when the Gram matrix was singular.
@@ -43,6 +50,7 @@ class LayerRecord(BaseModel):
     masked: LayerError
     final: LayerError
     stored: LayerError
+    accepted: Accepted
     certificate: float | None
     worst_row: float | None
     status: str | None

@@ -131,6 +131,11 @@ class FactoredGram:
         identity = torch.eye(self.size, dtype=upper.dtype, device=upper.device)
         return torch.linalg.solve_triangular(upper, identity, upper=True) * self.scale
 
+    def solve(self, rows: Tensor) -> Tensor:
+        """(m, n) rows times the inverse of the damped H, in its own units and dtype; zero for dead inputs."""
+        scaled = torch.where(self.dead, 0, rows.to(self.raw.dtype) * self.scale)
+        return torch.cholesky_solve(scaled.T, self.cholesky).T * self.scale
+
     def energy(self, rows: Tensor) -> Tensor:
         """Σ_rows w H wᵀ with the undamped H, for rows of shape (m, n): the squared output norm per token."""
         rows = rows.to(self.raw.dtype)

@@ -1,0 +1,106 @@
+"""One layer: mask, refit, and whether the refit holds on tokens that it has not seen."""
+
+import logging
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimfit.calibration import InputMoments
+from trimfit.masks import SELECTORS, Pattern, Selection
+from trimfit.models import Layer
+from trimfit.pipelines.checks import naming
+from trimfit.pipelines.config import PruneConfig
+from trimfit.pipelines.goal import Goal
+from trimfit.pipelines.layer_error import LayerErrorMeter
+from trimfit.pipelines.records import Accepted, LayerRecord, peak_memory
+from trimfit.pipelines.row_weights import usable
+from trimfit.refit import FactoredGram, RefitSolution, refit
+
+log = logging.getLogger(__name__)
+
+_CLEARLY = 0.01  # nearer by this share: a selector's own weights may be the optimum too, but for rounding
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of a group's inputs: the factorised Gram matrix, and the second moments it was made of.
+
+    `row_weights`, by layer name, are (out,) for layers whose rows do not count the same.
+    """
+
+    factored: FactoredGram
+    calibration: InputMoments
+    held_out: InputMoments | None
+    row_weights: dict[str, Tensor]
+
+
+def prune_layer(layer: Layer, block: int, inputs: Inputs, config: PruneConfig, pattern: Pattern) -> LayerRecord:
+    """Prunes one layer in place."""
+    start = time.perf_counter()
+    dense = layer.weight.float().clone(memory_format=torch.contiguous_format)  # GPT-2 keeps it transposed
+    goal = Goal(dense, inputs.calibration, config.share)
+    with naming(layer):
+        weights = inputs.row_weights.get(layer.name)
+        selection = _select(goal.unpruned(inputs.factored), inputs.factored, config.selector, pattern, weights)
+        masked = torch.where(selection.mask, dense, 0.0)
+        candidates: dict[Accepted, Tensor] = {"none": masked}
+        solution: RefitSolution | None = None
+        if config.refit != "none" and selection.weight is not None:
+            candidates = {"own": selection.weight, **candidates}
+        if config.refit == "optimal":
+            target = goal.linear_term(inputs.factored)
+            solution = refit(inputs.factored, dense, selection.mask, target=target, solver=config.make_solver())
+            candidates = {"optimal": solution.weight, **candidates}
+    accepted = _accepted(candidates, dense, inputs.held_out, config)
+    if accepted != config.refit:
+        better = "the masked weights" if accepted == "none" else "the selector's own weights"
+        log.warning("%s keeps %s: on held-out windows they are nearer to the target", layer.name, better)
+        solution = None
+    weight = candidates[accepted]
+    layer.write(weight)
+    errors = LayerErrorMeter(dense, inputs.calibration.gram, inputs.held_out.gram if inputs.held_out else None)
+    return LayerRecord(
+        name=layer.name,
+        block=block,
+        shape=(dense.shape[0], dense.shape[1]),
+        sparsity=1 - int(selection.mask.sum()) / selection.mask.numel(),
+        masked=errors.measure(masked),
+        final=errors.measure(weight),
+        stored=errors.measure(layer.weight),
+        accepted=accepted,
+        certificate=solution.certificate.layer if solution else None,
+        worst_row=solution.certificate.relative.max().item() if solution else None,
+        status=solution.status.value if solution else None,
+        solver=type(solution.solver).__name__ if solution else None,
+        steps=solution.steps if solution else None,
+        damping=solution.damping if solution else inputs.factored.damping,
+        seconds=time.perf_counter() - start,
+        peak_memory=peak_memory(layer.weight.device),
+    )
+
+
+def _select(
+    weight: Tensor, gram: FactoredGram, selector: str, pattern: Pattern, row_weights: Tensor | None
+) -> Selection:
+    """The selection for rows that count differently is that for rows multiplied by their weights."""
+    select = SELECTORS[selector].select
+    if row_weights is None:
+        return select(weight, gram, pattern)
+    scale = usable(row_weights)
+    chosen = select(weight * scale, gram, pattern)
+    return Selection(chosen.mask, None if chosen.weight is None else chosen.weight / scale)
+
+
+def _accepted(
+    candidates: dict[Accepted, Tensor], dense: Tensor, held_out: InputMoments | None, config: PruneConfig
+) -> Accepted:
+    """The first of the candidates, unless a simpler one behind it is clearly nearer to the goal on held-out tokens."""
+    first = next(iter(candidates))
+    if held_out is None or not config.guard:
+        return first
+    goal = Goal(dense, held_out, config.share)
+    excess: dict[Accepted, float] = {name: goal.excess(weight) for name, weight in candidates.items()}
+    best = min(excess, key=lambda name: excess[name])
+    return best if excess[first] - excess[best] > _CLEARLY * abs(excess[first]) else first

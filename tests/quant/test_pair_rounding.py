@@ -1,6 +1,7 @@
 """Joint rounding of a pair, against products formed head by head and against every rounding there is."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trimfit.errors import InputError
-from trimfit.quant import pair_rounding
+from trimfit.quant import nearest_plane
 from trimfit.quant.grid import Grid, Quantized
 from trimfit.quant.pair_rounding import (
     Pair,
@@ -16,9 +17,9 @@ from trimfit.quant.pair_rounding import (
     nearest_pair,
     product_errors,
     round_pair,
-    round_pair_pseudo_inverse,
 )
 
+round_pair_pseudo_inverse = partial(round_pair, solver=nearest_plane.nearest_to_pseudo_inverse)
 GRAMS = ["none", "diagonal", "full"]
 
 
@@ -221,7 +222,7 @@ def test_levels_are_placed_by_what_the_inputs_weigh():
     assert torch.equal(of_full[0].scale, of_diagonal[0].scale)
 
 
-def random_problem(seed: int, r: int, m: int) -> tuple[Tensor, Tensor, Tensor, pair_rounding._Lattice]:
+def random_problem(seed: int, r: int, m: int) -> tuple[Tensor, Tensor, Tensor, nearest_plane.Lattice]:
     """H and the cross matrix, of correlated rows, a factor (1, r, m) before rounding and the 2-bit levels around it."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(1, r, 2 * r, generator=generator, dtype=torch.float64)
@@ -230,7 +231,7 @@ def random_problem(seed: int, r: int, m: int) -> tuple[Tensor, Tensor, Tensor, p
     scale = torch.rand(1, r, m, generator=generator, dtype=torch.float64) + 0.5
     low = -torch.randint(0, 4, (1, r, m), generator=generator).double()
     exact = (low + 3 * torch.rand(1, r, m, generator=generator, dtype=torch.float64)) * scale
-    return rows @ rows.mT, rows @ other.mT, exact, pair_rounding._Lattice(scale, low, low + 3)
+    return rows @ rows.mT, rows @ other.mT, exact, nearest_plane.Lattice(scale, low, low + 3)
 
 
 def damped_problem(hessian: Tensor, cross: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,7 +251,7 @@ def test_with_one_factor_fixed_rounding_is_near_the_best_there_is():
         def objective(x: Tensor, damped: Tensor = damped, target: Tensor = target) -> Tensor:
             return ((x - target) * (damped @ (x - target))).sum(-2)
 
-        rounded = pair_rounding._with_feedback(hessian, cross, exact, lattice, None)
+        rounded = nearest_plane.with_feedback(hessian, cross, exact, lattice, None)
         found.append(objective(rounded)[0])
         best.append(objective(every).amin(0))
         nearest.append(objective(lattice.nearest(target))[0])
@@ -272,7 +273,7 @@ def test_with_coupled_inputs_rounding_is_near_the_best_there_is():
         def objective(x: Tensor, damped: Tensor = damped, target: Tensor = target, gram: Tensor = gram) -> Tensor:
             return ((x - target) * (damped @ (x - target) @ gram)).sum((-2, -1))
 
-        rounded = pair_rounding._with_feedback(hessian, cross, exact, lattice, pair_rounding._unit_lower(gram))
+        rounded = nearest_plane.with_feedback(hessian, cross, exact, lattice, nearest_plane.unit_lower(gram))
         least = objective((every + lattice.low) * lattice.scale).min().item()
         assert objective(rounded).item() > least * (1 - 1e-9)
         found += objective(rounded).item()
@@ -283,13 +284,13 @@ def test_with_coupled_inputs_rounding_is_near_the_best_there_is():
 
 
 def test_the_two_sided_sweep_is_the_nearest_plane_of_the_kronecker_product(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pair_rounding, "_COLUMNS", 3)
+    monkeypatch.setattr(nearest_plane, "COLUMNS", 3)
     r, n = 4, 8
     hessian, cross, exact, lattice = random_problem(0, r, n)
     gram = random_problem(1, n, 1)[0][0]
     damped, target = damped_problem(hessian, cross, exact)
-    lower = pair_rounding._unit_lower(gram)
-    swept = pair_rounding._with_feedback(hessian, cross, exact, lattice, lower)[0]
+    lower = nearest_plane.unit_lower(gram)
+    swept = nearest_plane.with_feedback(hessian, cross, exact, lattice, lower)[0]
     # One weight at a time, from the last input to the first and within it from the first channel to the last: what is
     # left to choose makes up for the errors so far at best, so a weight goes to where it then would be.
     order = [i * n + j for j in reversed(range(n)) for i in range(r)]
@@ -306,15 +307,15 @@ def test_the_two_sided_sweep_is_the_nearest_plane_of_the_kronecker_product(monke
 @pytest.mark.parametrize("block", [1, 3, 32])
 def test_blocks_of_a_sweep_change_nothing(monkeypatch: pytest.MonkeyPatch, block: int):
     hessian, cross, exact, lattice = random_problem(0, 10, 15)
-    expected = pair_rounding._with_feedback(hessian, cross, exact, lattice, None)
-    monkeypatch.setattr(pair_rounding, "_BLOCK", block)
-    monkeypatch.setattr(pair_rounding, "_COLUMNS", block)
-    torch.testing.assert_close(pair_rounding._with_feedback(hessian, cross, exact, lattice, None), expected)
+    expected = nearest_plane.with_feedback(hessian, cross, exact, lattice, None)
+    monkeypatch.setattr(nearest_plane, "BLOCK", block)
+    monkeypatch.setattr(nearest_plane, "COLUMNS", block)
+    torch.testing.assert_close(nearest_plane.with_feedback(hessian, cross, exact, lattice, None), expected)
     gram = random_problem(1, 15, 1)[0][0]
-    lower = pair_rounding._unit_lower(gram)
-    coupled = pair_rounding._with_feedback(hessian, cross, exact, lattice, lower)
+    lower = nearest_plane.unit_lower(gram)
+    coupled = nearest_plane.with_feedback(hessian, cross, exact, lattice, lower)
     monkeypatch.undo()
-    torch.testing.assert_close(pair_rounding._with_feedback(hessian, cross, exact, lattice, lower), coupled)
+    torch.testing.assert_close(nearest_plane.with_feedback(hessian, cross, exact, lattice, lower), coupled)
 
 
 @pytest.mark.parametrize("kind", GRAMS)
@@ -353,6 +354,22 @@ def test_exact_levels_stay_and_the_search_ends():
     assert torch.equal(rounded.value.codes, start[0].codes) and torch.equal(rounded.output.codes, start[1].codes)
 
 
+def test_biases_of_the_values_are_part_of_what_stays():
+    plain = make_pair()
+    pair = replace(plain, bias=5 * torch.randn(3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    start = start_of(plain)
+
+    def biased_errors(rounded: RoundedPair) -> Tensor:
+        lost = (pair.output - rounded.output.dequantize())[:, pair.output_columns]  # (d, heads, g, r)
+        constant = (lost * pair.bias[:, None]).sum(3).square().sum((0, 2))
+        return plain_errors(pair, rounded.value.dequantize(), rounded.output.dequantize(), None) + constant
+
+    heeded, ignored = round_pair(pair, start), round_pair(plain, start)
+    torch.testing.assert_close(heeded.errors[-1], biased_errors(heeded), rtol=1e-9, atol=0)
+    assert (heeded.errors.diff(dim=0) <= 0).all()
+    assert biased_errors(heeded).sum() < 0.8 * biased_errors(ignored).sum()
+
+
 def test_bad_input_is_refused():
     pair = make_pair()
     start = start_of(pair)
@@ -360,6 +377,8 @@ def test_bad_input_is_refused():
         replace(pair, value_rows=pair.value_rows[:2])
     with pytest.raises(InputError, match="that its weights do not have"):
         replace(pair, value=pair.value[:20])
+    with pytest.raises(InputError, match="biases"):
+        replace(pair, bias=torch.zeros(3))
     with pytest.raises(InputError, match="V is of"):
         round_pair(pair, (start[1], start[1]))
     with pytest.raises(InputError, match="NaN or infinite"):

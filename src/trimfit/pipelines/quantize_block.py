@@ -137,7 +137,7 @@ class BlockWork:
         start = time.perf_counter()
         first, second = self.layers[value], self.layers[output]
         rounded = round_pair(
-            Pair(self.weights[value], self.weights[output], pair.value_rows, pair.output_columns),
+            Pair(self.weights[value], self.weights[output], pair.value_rows, pair.output_columns, pair.bias()),
             (first.quantized, second.quantized),
             input_gram=_damped(first.gram, self.weights[value], self.config.damping_for(data=False)),
             keep_zeros=self._pruned[value] or self._pruned[output],

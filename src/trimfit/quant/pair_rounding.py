@@ -1,15 +1,15 @@
 """Rounding both factors of a pair so that their product stays: alternately, each to make up for the other's errors.
 
 A (heads, g·d, r) are O's columns and B (heads, r, n) V's rows of each KV head, and the objective is
-Σ_heads ‖(A B − Â B̂) C^{1/2}‖² with C the Gram matrix of V's inputs. With either factor fixed the other is an integer
-least-squares problem. Here both have the r channels first, Aᵀ and B, and so both problems have one form: over levels X
-(heads, r, m), the least
+Σ_heads ‖(A B − Â B̂) C^{1/2}‖² + ‖(A − Â) β‖² with C the Gram matrix of V's inputs and β its bias. With either factor
+fixed the other is an integer least-squares problem. Here both have the r channels first, Aᵀ and B, and so both problems
+have one form: over levels X (heads, r, m), the least
 
     tr[(X − T)ᵀ H (X − T) W],    T = H⁻¹ · cross · (X before rounding)
 
-    for Âᵀ:  H = B̂ C B̂ᵀ,  cross = B̂ C Bᵀ,  W = I          for B̂:  H = ÂᵀÂ,  cross = ÂᵀA,  W = C
+    for Âᵀ:  H = B̂ C B̂ᵀ + β βᵀ,  cross = B̂ C Bᵀ + β βᵀ,  W = I      for B̂:  H = ÂᵀÂ,  cross = ÂᵀA,  W = C
 
-With `round_pair_pseudo_inverse` that is CafeQ's alternation (arXiv 2511.19705, sec. 5), as far as it is known.
+With `nearest_to_pseudo_inverse` that is CafeQ's alternation (arXiv 2511.19705, sec. 5), as far as it is known.
 """
 
 from collections.abc import Callable
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from trimfit.errors import InputError
-from trimfit.quant.grid import Grid, Levels, Quantized, check_weight, place_levels
+from trimfit.quant.grid import Grid, Quantized, check_weight, place_levels
+from trimfit.quant.nearest_plane import Lattice, unit_lower, with_feedback, with_ridge
 from trimfit.refit.gram import widest
 
-_RIDGE = 0.01  # of the mean diagonal: keeps targets near the weights where the other factor hardly sees them
-_BLOCK = 32  # channels between two GEMMs of a sweep
-_COLUMNS = 128  # inputs that a two-sided sweep goes through diagonally before a GEMM takes its errors to the others
+Solver = Callable[[Tensor, Tensor, Tensor, Lattice, Tensor | None], Tensor]
+"""New levels from H, the cross matrix, the factor itself, its lattice, and the factor L of C if inputs are coupled."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,14 @@ class Pair:
     - `output` (d, in) floating: has the columns A of all heads.
     - `value_rows` (heads, r) int64.
     - `output_columns` (heads, g, r) int64: for each of the g query heads of a KV head.
+    - `bias` (heads, r): what is added to the values of each head, or None. It is not rounded.
     """
 
     value: Tensor
     output: Tensor
     value_rows: Tensor
     output_columns: Tensor
+    bias: Tensor | None = None
 
     def __post_init__(self) -> None:
         heads_and_r = (self.output_columns.shape[0], self.output_columns.shape[-1])
@@ -51,6 +53,8 @@ class Pair:
             )
         if self.value_rows.max() >= len(self.value) or self.output_columns.max() >= self.output.shape[1]:
             raise InputError("the pair has rows or columns that its weights do not have")
+        if self.bias is not None and self.bias.shape != self.value_rows.shape:
+            raise InputError(f"biases {tuple(self.value_rows.shape)} are needed, not {tuple(self.bias.shape)}")
 
     def gather_value(self, matrix: Tensor) -> Tensor:
         """(heads, r, n) out of anything shaped as `value`: B, for the weights."""
@@ -79,8 +83,8 @@ class RoundedPair:
     """Both layers with all of their rows and columns, and how the product's error went.
 
     - `value`, `output`: the quantized layers.
-    - `errors`: (sweeps + 1, heads) ‖(A B − Â B̂) C^{1/2}‖² of each head, at the start and after each sweep.
-    - `energy`: (heads,) ‖A B C^{1/2}‖².
+    - `errors`: (sweeps + 1, heads) ‖(A B − Â B̂) C^{1/2}‖² + ‖(A − Â) β‖² at the start and after each sweep.
+    - `energy`: (heads,) ‖A B C^{1/2}‖² + ‖A β‖².
     """
 
     value: Quantized
@@ -111,6 +115,7 @@ def nearest_pair(
     gram = _checked_gram(input_gram, pair)
     b = pair.gather_value(pair.value.detach()).to(widest(pair.value.device))
     energy = (_seen(b, gram) * b).sum(-1).clamp_(min=0)  # rounding may leave less
+    energy = energy if pair.bias is None else energy + pair.bias.to(energy).square()
     seen = torch.zeros(pair.output.shape[1], dtype=b.dtype, device=b.device)
     for columns in pair.output_columns.unbind(1):
         seen[columns] = energy
@@ -129,6 +134,7 @@ def round_pair(
     input_gram: Tensor | None = None,
     sweeps: int = 3,
     keep_zeros: bool = False,
+    solver: Solver = with_feedback,
 ) -> RoundedPair:
     """Alternates between the factors by error feedback; keeps, head by head, only what makes the product's error less.
 
@@ -143,77 +149,31 @@ def round_pair(
     - `input_gram`: C (n, n), or its diagonal (n,), or None for the identity.
     - `sweeps`: how often both factors are rounded. It ends earlier when nothing changes any more.
     - `keep_zeros`: whether the pair's weights that are exactly 0 become, and stay, 0.
+    - `solver`: of one factor's problem; `nearest_to_pseudo_inverse`, for comparisons, is the paper's likely form.
 
     Levels are taken as they are stored, without what a product of code and scale loses in 16 bits. Computed in float32,
     or float64 if a weight is that; Gram matrices and errors in the widest dtype of the device. Raises `InputError` for
     what does not fit together.
     """
-    return _alternate(pair, start, input_gram, sweeps, keep_zeros, _with_feedback)
-
-
-def round_pair_pseudo_inverse(
-    pair: Pair,
-    start: tuple[Quantized, Quantized],
-    *,
-    input_gram: Tensor | None = None,
-    sweeps: int = 3,
-    keep_zeros: bool = False,
-) -> RoundedPair:
-    """What CafeQ's Algorithm 1 probably is, for comparisons: the least-squares target of each factor, then the nearest.
-
-    Known of it: it alternates between the matrices, without a Hessian, with the pseudo-inverse (arXiv 2511.19705).
-    Ours: targets are rounded to the nearest level, and kept only where that makes the error less. Arguments are those
-    of `round_pair`.
-    """
-    return _alternate(pair, start, input_gram, sweeps, keep_zeros, _nearest_to_pseudo_inverse)
+    return _alternate(pair, start, input_gram, sweeps, keep_zeros, solver)
 
 
 def product_errors(pair: Pair, value: Tensor, output: Tensor, input_gram: Tensor | None = None) -> Tensor:
-    """(heads,) ‖(A B − Â B̂) C^{1/2}‖² for other weights of V and O, in the widest dtype of the device."""
+    """(heads,) ‖(A B − Â B̂) C^{1/2}‖² + ‖(A − Â) β‖² for other weights of V and O, in the widest dtype."""
     product = _Product(pair, _checked_gram(input_gram, pair))
     return product.errors(pair.gather_output(output), pair.gather_value(value))
 
 
-@dataclass(frozen=True)
-class _Lattice:
-    """The levels of a factor, (heads, r, m) each, or of a part of it: scale · an integer from `low` to `high`.
-
-    Weights that must stay 0 have low = high = 0.
-    """
-
-    scale: Tensor
-    low: Tensor
-    high: Tensor
-
-    def steps(self, wish: Tensor) -> Tensor:
-        """The integers of the nearest levels."""
-        return torch.clamp((wish / self.scale).round_(), self.low, self.high)
-
-    def nearest(self, wish: Tensor) -> Tensor:
-        return self.steps(wish) * self.scale
-
-    def channel(self, k: int) -> "_Lattice":
-        return _Lattice(self.scale[:, k], self.low[:, k], self.high[:, k])
-
-    def inputs(self, block: slice) -> "_Lattice":
-        return _Lattice(self.scale[..., block], self.low[..., block], self.high[..., block])
-
-    def diagonal(self, offset: int) -> "_Lattice":
-        return _Lattice(*(bound.diagonal(offset, 1, 2) for bound in (self.scale, self.low, self.high)))
-
-
-_Solver = Callable[[Tensor, Tensor, Tensor, _Lattice, Tensor | None], Tensor]
-"""New levels from H, the cross matrix, the factor itself, its lattice, and the factor L of C if inputs are coupled."""
-
-
 class _Product:
-    """A B C^{1/2} of all heads, and how far other factors are from it. A is transposed, (heads, r, g·d)."""
+    """A [B C^{1/2}, β] of all heads, and how far other factors are from it. A is transposed, (heads, r, g·d)."""
 
     def __init__(self, pair: Pair, gram: Tensor | None):
         wide = widest(pair.value.device)
         self.a = pair.gather_output(pair.output.detach()).to(wide)
         self.b = pair.gather_value(pair.value.detach()).to(wide)
         self._gram = gram
+        bias = torch.zeros_like(self.b[..., 0]) if pair.bias is None else pair.bias.detach().to(self.b)
+        self._constant = bias[:, :, None] * bias[:, None, :]  # of the values' second moment
         self.seen_b = self.seen(self.b)
         self._gram_a = self.a @ self.a.mT
 
@@ -222,11 +182,15 @@ class _Product:
         return _seen(b, self._gram)
 
     def energy(self) -> Tensor:
-        """(heads,) ‖A B C^{1/2}‖²."""
-        return (self._gram_a * (self.seen_b @ self.b.mT)).sum((1, 2))
+        """(heads,) ‖A B C^{1/2}‖² + ‖A β‖²."""
+        return (self._gram_a * (self.seen_b @ self.b.mT + self._constant)).sum((1, 2))
+
+    def around(self, b_hat: Tensor, seen_b_hat: Tensor) -> tuple[Tensor, Tensor]:
+        """H and the cross matrix for Âᵀ, given B̂ and B̂ C: what the biases give to the product is to stay as well."""
+        return seen_b_hat @ b_hat.mT + self._constant, seen_b_hat @ self.b.mT + self._constant
 
     def errors(self, a_hat: Tensor, b_hat: Tensor, seen_b_hat: Tensor | None = None) -> Tensor:
-        """(heads,) ‖(A B − Â B̂) C^{1/2}‖², from differences, so that large terms do not cancel.
+        """(heads,) ‖(A B − Â B̂) C^{1/2}‖² + ‖(A − Â) β‖², from differences, so that large terms do not cancel.
 
         `seen_b_hat` is B̂ C in the widest dtype, if it is known.
         """
@@ -234,7 +198,7 @@ class _Product:
         seen_b_hat = self.seen(b_hat) if seen_b_hat is None else seen_b_hat
         off_a, off_b, seen_off = self.a - a_hat, self.b - b_hat, self.seen_b - seen_b_hat
         terms = (
-            (off_a @ off_a.mT) * (seen_b_hat @ b_hat.mT)
+            (off_a @ off_a.mT) * (seen_b_hat @ b_hat.mT + self._constant)
             + 2 * (off_a @ self.a.mT) * (seen_b_hat @ off_b.mT)
             + self._gram_a * (seen_off @ off_b.mT)
         )
@@ -247,11 +211,11 @@ def _alternate(
     input_gram: Tensor | None,
     sweeps: int,
     keep_zeros: bool,
-    solver: _Solver,
+    solver: Solver,
 ) -> RoundedPair:
     _check_start(pair, start)
     gram = _checked_gram(input_gram, pair)
-    coupled = _unit_lower(_damped(gram)[0]) if gram is not None and gram.dim() == 2 else None
+    coupled = unit_lower(with_ridge(gram)[0]) if gram is not None and gram.dim() == 2 else None
     work = torch.float64 if torch.float64 in (pair.value.dtype, pair.output.dtype) else torch.float32
     lattice_b = _lattice(pair.value, start[0], pair.gather_value, keep_zeros, work)
     lattice_a = _lattice(pair.output, start[1], pair.gather_output, keep_zeros, work)
@@ -268,7 +232,7 @@ def _alternate(
     for _ in range(sweeps):
         b_hat = b.to(product.b)
         seen = product.seen(b_hat)
-        new = solver(seen @ b_hat.mT, seen @ product.b.mT, product.a, lattice_a, None)
+        new = solver(*product.around(b_hat, seen), product.a, lattice_a, None)
         after = product.errors(new, b_hat, seen)
         a, error = _better(after, error, new, a), torch.fmin(error, after)
         a_hat = a.to(product.a)
@@ -283,76 +247,6 @@ def _alternate(
     return RoundedPair(value, output, torch.stack(history), product.energy())
 
 
-def _with_feedback(hessian: Tensor, cross: Tensor, exact: Tensor, lattice: _Lattice, coupled: Tensor | None) -> Tensor:
-    damped, ridge = _damped(hessian)
-    target = (torch.linalg.solve(damped, cross + ridge) @ exact).to(lattice.scale)
-    upper = _unit_lower(damped.flip(-2, -1)).flip(-2, -1)  # damped = upper · diagonal · upperᵀ
-    if coupled is not None:
-        return _two_sided_sweep(target, upper.to(target), coupled.to(target), lattice)
-    rounded = _sweep(target, target, upper.mT.tril(-1).to(target), lattice)
-    given_others = damped / damped.diagonal(dim1=-2, dim2=-1)[..., None]
-    given_others.diagonal(dim1=-2, dim2=-1).zero_()
-    return _sweep(rounded, target, given_others.to(target), lattice)
-
-
-def _nearest_to_pseudo_inverse(
-    hessian: Tensor, cross: Tensor, exact: Tensor, lattice: _Lattice, coupled: Tensor | None
-) -> Tensor:
-    target = torch.linalg.pinv(hessian, hermitian=True) @ cross @ exact
-    return lattice.nearest(target.to(lattice.scale))
-
-
-def _sweep(start: Tensor, target: Tensor, coupling: Tensor, lattice: _Lattice) -> Tensor:
-    """Rounds channel after channel, k to the level nearest to target_k − Σ_j coupling_kj · (x_j − target_j).
-
-    - `start`, `target`: (heads, r, m). Channels that are not yet rounded are those of `start`.
-    - `coupling`: (heads, r, r) with a diagonal of zeros. Strictly lower, Uᵀ − I from H = U D Uᵀ: the nearest plane
-      algorithm. H over its diagonal, − I: the best level of each channel given all others, which makes nothing worse.
-    """
-    x = start.clone()
-    for first in range(0, x.shape[1], _BLOCK):
-        block = slice(first, min(first + _BLOCK, x.shape[1]))
-        wish = target[:, block] - coupling[:, block] @ (x - target)
-        for k in range(block.start, block.stop):
-            level = lattice.channel(k).nearest(wish[:, k - first])
-            rest = coupling[:, k + 1 : block.stop, k, None]
-            wish[:, k - first + 1 :] -= rest * (level - x[:, k])[:, None]
-            x[:, k] = level
-    return x
-
-
-def _two_sided_sweep(target: Tensor, upper: Tensor, lower: Tensor, lattice: _Lattice) -> Tensor:
-    """The nearest plane algorithm for tr[Eᵀ H E C], E = X − target, with errors fed back along channels and inputs.
-
-    With H = U D Uᵀ and C = L D' Lᵀ the objective is Σ_ij D_i D'_j (Uᵀ E L)²_ij, and (Uᵀ E L)_ij is E_ij and terms in
-    E_kl with k ≤ i and l ≥ j. So rounding goes from the first channel to the last and from the last input to the first,
-    all entries (i, i + offset) of one diagonal at a time: none of them needs another.
-
-    - `target`: (heads, r, n). `upper`: (heads, r, r) U, `lower`: (n, n) L, both with a unit diagonal.
-    """
-    _, r, n = target.shape
-    upper, lower = upper.triu(1), lower.tril(-1)
-    x, error, mixed = target.clone(), torch.zeros_like(target), torch.zeros_like(target)  # mixed is UᵀE
-    for first in reversed(range(0, n, _COLUMNS)):
-        block = slice(first, min(first + _COLUMNS, n))
-        width = block.stop - first
-        beyond = mixed[..., block.stop :] @ lower[block.stop :, block]
-        along = lower[block, block].mT.contiguous()
-        places = lattice.inputs(block)
-        aims, levels, errors, mixes = (part[..., block] for part in (target, x, error, mixed))
-        for offset in reversed(range(1 - r, width)):
-            rows = slice(max(0, -offset), min(r, width - offset))
-            columns = slice(rows.start + offset, rows.stop + offset)
-            aim = aims.diagonal(offset, 1, 2)
-            above = (upper[:, :, rows] * errors[:, :, columns]).sum(1)
-            right = (mixes[:, rows] * along[columns]).sum(2) + beyond.diagonal(offset, 1, 2)
-            level = places.diagonal(offset).nearest(aim - above - right)
-            levels.diagonal(offset, 1, 2).copy_(level)
-            errors.diagonal(offset, 1, 2).copy_(level - aim)
-            mixes.diagonal(offset, 1, 2).copy_(level - aim + above)
-    return x
-
-
 def _seen(b: Tensor, gram: Tensor | None) -> Tensor:
     """B C."""
     return b if gram is None else b * gram if gram.dim() == 1 else b @ gram
@@ -362,39 +256,19 @@ def _better(new_error: Tensor, error: Tensor, new: Tensor, old: Tensor) -> Tenso
     return torch.where((new_error < error)[:, None, None], new, old)
 
 
-def _damped(hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrix (..., r, r) with a ridge, and the ridge; one where there is nothing to be relative to."""
-    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
-    ridge = torch.where(mean > 0, _RIDGE * mean, 1.0)[..., None, None]
-    ridge = ridge * torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
-    return hessian + ridge, ridge
-
-
-def _unit_lower(matrix: Tensor) -> Tensor:
-    """L with a unit diagonal such that the matrix (..., r, r) is L D Lᵀ."""
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if info.any():
-        raise InputError("the Gram matrix of the inputs is not positive semi-definite; check how it was accumulated")
-    return factor / factor.diagonal(dim1=-2, dim2=-1)[..., None, :]
-
-
 def _lattice(
     weight: Tensor, start: Quantized, gather: Callable[[Tensor], Tensor], keep_zeros: bool, dtype: torch.dtype
-) -> _Lattice:
-    scale, zero = (gather(part).to(dtype) for part in _levels(start).columns(weight.shape[1]))
+) -> Lattice:
+    scale, zero = (gather(part).to(dtype) for part in start.levels.columns(weight.shape[1]))
     low, high = -zero, start.grid.largest - zero
     if keep_zeros:
         low, high = (torch.where(gather(weight) == 0, 0, bound) for bound in (low, high))
-    return _Lattice(scale, low, high)
-
-
-def _levels(quantized: Quantized) -> Levels:
-    return Levels(quantized.grid, quantized.scale, quantized.zero_point)
+    return Lattice(scale, low, high)
 
 
 def _dequantized(quantized: Quantized, dtype: torch.dtype) -> Tensor:
     """Weights in the precision of `dtype`, which may be more than that of the scales."""
-    scale, zero = _levels(quantized).columns(quantized.codes.shape[1])
+    scale, zero = quantized.levels.columns(quantized.codes.shape[1])
     return (quantized.codes.to(dtype) - zero.to(dtype)) * scale.to(dtype)
 
 
@@ -402,7 +276,7 @@ def _with_steps(
     start: Quantized, steps: Tensor, gather: Callable[[Tensor], Tensor], scatter: Callable[[Tensor, Tensor], Tensor]
 ) -> Quantized:
     """The pair's codes from its steps (heads, r, m), and all others from `start`."""
-    _, zero = _levels(start).columns(start.codes.shape[1])
+    _, zero = start.levels.columns(start.codes.shape[1])
     return replace(start, codes=scatter(steps + gather(zero).to(steps), start.codes))
 
 

@@ -14,7 +14,7 @@ from families import ALL_FAMILIES, Family, for_each, windows
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import trimfit.checkpoints.save
-from trimfit.checkpoints import SIDECAR, Checkpoint, load_checkpoint, save_checkpoint
+from trimfit.checkpoints import SIDECAR, Checkpoint, atomic_directory, load_checkpoint, save_checkpoint
 from trimfit.errors import InputError, RunError
 
 
@@ -30,9 +30,10 @@ def half(checkpoint: Checkpoint) -> dict[str, float]:
     return zeros
 
 
-def save(checkpoint: Checkpoint, out: Path, **options: Any) -> None:
-    defaults: dict[str, Any] = {"sidecar": {"format": 1}, "sparsity": {}, "overwrite": False}
-    save_checkpoint(checkpoint, out, **defaults | options)
+def save(checkpoint: Checkpoint, out: Path, *, overwrite: bool = False, **options: Any) -> None:
+    defaults: dict[str, Any] = {"sidecar": {"format": 1}, "sparsity": {}}
+    with atomic_directory(out, overwrite) as beside:
+        save_checkpoint(checkpoint, beside, **defaults | options)
 
 
 def weight_map(directory: Path) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """Loads a Hugging Face causal LM with its tokenizer, and says clearly why something cannot be loaded."""
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from trimfit.checkpoints.online import attach_transforms, build_model, is_online, read_online
 from trimfit.checkpoints.packed import ONLINE
 from trimfit.checkpoints.shards import shard_files
+from trimfit.checkpoints.tensor_bytes import fingerprint_of
 from trimfit.errors import InputError, first_line
 
 log = logging.getLogger(__name__)
@@ -88,11 +88,7 @@ def resolve_device(name: str) -> torch.device:
 
 def fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 over the names, shapes and bytes of all weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return fingerprint_of(sorted(model.state_dict().items()))
 
 
 def _open(source: str, *, quantized: bool) -> tuple[str, PreTrainedConfig]:

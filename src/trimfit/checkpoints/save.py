@@ -10,32 +10,32 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from trimfit.checkpoints.atomic import SIDECAR, atomic_directory
+from trimfit.checkpoints.atomic import SIDECAR
 from trimfit.checkpoints.load import Checkpoint
 from trimfit.checkpoints.shards import merge, shard_map, source_directory
 from trimfit.errors import RunError
 
 
 def save_checkpoint(
-    checkpoint: Checkpoint, out: Path, sidecar: Mapping[str, Any], *, sparsity: Mapping[str, float], overwrite: bool
+    checkpoint: Checkpoint, directory: Path, sidecar: Mapping[str, Any], *, sparsity: Mapping[str, float]
 ) -> None:
-    """Config, weights, tokenizer, generation config and `trimfit.json` in `out`, all or nothing.
+    """Config, weights, tokenizer, generation config and `trimfit.json`.
 
     **Arguments**
 
+    - `directory`: empty; that of an `atomic_directory`, so that it is all or nothing.
     - `sidecar`: what `trimfit.json` shall hold.
     - `sparsity`: for each pruned weight, by its name in the state dict, the share of zeros that it must have at least.
 
-    The weights keep the dtype and the sharding they came with. Before `out` appears, the checkpoint is loaded with
-    plain transformers, compared bit for bit and its zeros counted. Raises `RunError` when something is not as it
+    The weights keep the dtype and the sharding they came with. In the end the checkpoint is loaded with plain
+    transformers, compared bit for bit and its zeros counted. Raises `RunError` when something is not as it
     should be or the disk is full.
     """
-    with atomic_directory(out, overwrite) as beside:
-        _check_space(checkpoint, beside)
-        _save_model(checkpoint, beside)
-        checkpoint.tokenizer.save_pretrained(beside)
-        write_sidecar(beside, sidecar)
-        _verify(checkpoint, beside, sparsity)
+    _check_space(checkpoint, directory)
+    _save_model(checkpoint, directory)
+    checkpoint.tokenizer.save_pretrained(directory)
+    write_sidecar(directory, sidecar)
+    _verify(checkpoint, directory, sparsity)
 
 
 def write_sidecar(directory: Path, sidecar: Mapping[str, Any]) -> None:

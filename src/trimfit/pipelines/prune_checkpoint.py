@@ -84,12 +84,10 @@ def save_pruned(
         **report.model_dump(),
     }
     zeros = {f"{record.name}.weight": record.sparsity for record in report.layers}
-    if sample is None:
-        save_checkpoint(checkpoint, out, sidecar, sparsity=zeros, overwrite=overwrite)
-        return
     with atomic_directory(out, overwrite) as beside:
-        save_checkpoint(checkpoint, beside, sidecar, sparsity=zeros, overwrite=True)  # over the empty directory
-        sample.save(beside / SAMPLED, calibration.seed)
+        save_checkpoint(checkpoint, beside, sidecar, sparsity=zeros)
+        if sample is not None:
+            sample.save(beside / SAMPLED, calibration.seed)
 
 
 def check_source_stays(source: str, out: Path) -> None:

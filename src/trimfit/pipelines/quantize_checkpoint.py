@@ -107,7 +107,7 @@ def quantize_checkpoint(
             report = quantize(model, config, windows, observer=observer)
             observer.stage(f"writing {out}")
             zeros = {f"{record.name}.weight": record.zeros for record in report.layers}
-            save_checkpoint(checkpoint, beside, {**sidecar, **report.model_dump()}, sparsity=zeros, overwrite=True)
+            save_checkpoint(checkpoint, beside, {**sidecar, **report.model_dump()}, sparsity=zeros)
         if sample is not None and calibration is not None:
             sample.save(beside / SAMPLED, calibration.seed)
     return report

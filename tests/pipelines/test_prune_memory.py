@@ -10,6 +10,7 @@ from families import FAMILIES, LENGTH, windows
 from torch import Tensor
 
 from trimfit import FactoredGram, PruneConfig, prune
+from trimfit.calibration import InputMoments
 from trimfit.models import Block, Group, Walker
 from trimfit.pipelines.records import LayerRecord
 
@@ -44,8 +45,10 @@ class _Watcher:
 
 
 @pytest.mark.parametrize("capture", ["group", "block"])
-def test_more_windows_hold_more_hidden_states_and_nothing_else(capture: str):
-    config = PruneConfig.model_validate({"selector": "wanda", "capture": capture, "batch_size": 2, "held_out": 0.25})
+@pytest.mark.parametrize(("target", "streams"), [("layer", {1}), ("dense", {1, 2})])  # in the first block they are one
+def test_more_windows_hold_more_hidden_states_and_nothing_else(capture: str, target: str, streams: set[int]):
+    options = {"selector": "wanda", "capture": capture, "target": target, "batch_size": 2, "held_out": 0.25}
+    config = PruneConfig.model_validate(options)
 
     def watch(count: int) -> list[int]:
         watcher = _Watcher()
@@ -57,22 +60,22 @@ def test_more_windows_hold_more_hidden_states_and_nothing_else(capture: str):
     watch(8)  # what is made once
     few, many = watch(8), watch(16)
     assert len(few) == 2 * 7
-    assert {b - a for a, b in zip(few, many, strict=True)} == {8 * LENGTH * 32 * 4}
+    assert {b - a for a, b in zip(few, many, strict=True)} == {n * 8 * LENGTH * 32 * 4 for n in streams}
 
 
 @pytest.mark.parametrize("refit", ["none", "own", "optimal"])
 def test_one_group_at_a_time(monkeypatch: pytest.MonkeyPatch, refit: str):
     """No Gram matrix outlives its group: none is left when the next are summed."""
-    plain = Walker.grams
+    plain = Walker.moments
     left: list[int] = []
 
-    def grams(self: Walker, block: Block, groups: Sequence[Group], name: str) -> list[Tensor]:
+    def moments(self: Walker, block: Block, groups: Sequence[Group], name: str) -> list[InputMoments]:
         assert len(groups) == 1
         left.append(sum(type(item) is FactoredGram for item in gc.get_objects()))
         return plain(self, block, groups, name)
 
-    monkeypatch.setattr(Walker, "grams", grams)
-    prune(FAMILIES["llama"].build(), windows(4), PruneConfig.model_validate({"refit": refit}))
+    monkeypatch.setattr(Walker, "moments", moments)
+    prune(FAMILIES["llama"].build(), windows(4), PruneConfig.model_validate({"selector": "sparsegpt", "refit": refit}))
     assert left == [0] * (2 * 4 * 2)  # blocks, groups, sets of windows
 
 

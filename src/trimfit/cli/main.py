@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
 
-from trimfit.cli import commands
+from trimfit.cli import commands, compare
 from trimfit.errors import TrimfitError
 
 _INTERRUPTED = 130
@@ -30,6 +30,7 @@ app.command("demo")(commands.demo)
 app.command("prune")(commands.prune)
 app.command("quantize")(commands.quantize)
 app.command("eval")(commands.evaluate)
+app.command("compare")(compare.compare)
 
 
 @app.callback()

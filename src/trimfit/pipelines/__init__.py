@@ -1,5 +1,8 @@
 """The loops that join the rooms."""
 
+from trimfit.pipelines.compare import compare as compare
+from trimfit.pipelines.compare_config import CompareConfig as CompareConfig
+from trimfit.pipelines.comparison import Comparison as Comparison
 from trimfit.pipelines.config import PruneConfig as PruneConfig
 from trimfit.pipelines.observer import Finished as Finished
 from trimfit.pipelines.observer import Observer as Observer

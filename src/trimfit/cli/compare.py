@@ -1,0 +1,156 @@
+"""`trimfit compare`: reads arguments, calls one function, prints."""
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trimfit.errors import InputError, RunError, TrimfitError
+
+_Axis = list[str] | None
+
+
+class _Interrupted(TrimfitError):
+    """Ctrl-C; unlike elsewhere something is kept."""
+
+    exit_code = 130
+
+
+def compare(
+    model: Annotated[str, typer.Argument(help="Model directory, hub name, or 'demo' for the embedded model.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for tables, plots and journal; goes on with what is there.")
+    ] = Path("trimfit-compare"),
+    selectors: Annotated[_Axis, typer.Option(help="Of masks, as in wanda,joint. [default: all]")] = None,
+    updates: Annotated[
+        _Axis, typer.Option(help="Of what is kept: none, own, optimal (the refit). [default: all]")
+    ] = None,
+    targets: Annotated[_Axis, typer.Option(help="Of the refit: dense, layer. [default: as for prune]")] = None,
+    allocations: Annotated[
+        _Axis, typer.Option(help="Of the sparsity over layers: uniform, owl, error. [default: as for prune]")
+    ] = None,
+    sparsity: Annotated[
+        _Axis, typer.Option(help="Shares to remove, as in 0.5,0.6. [default: 0.5, or none with --patterns]")
+    ] = None,
+    patterns: Annotated[_Axis, typer.Option(help="N:M patterns, as in 2:4,4:8.")] = None,
+    seeds: Annotated[int, typer.Option(help="Draws of the calibration windows.")] = 5,
+    calibration: Annotated[
+        str,
+        typer.Option(help="Text file, .jsonl, .npy/.safetensors of token ids, hub data set, 'demo', or 'self'."),
+    ] = "demo",
+    text: Annotated[str, typer.Option(help="What is scored: text file, .jsonl, hub data set, or 'demo'.")] = "demo",
+    field: Annotated[str, typer.Option(help="Field with the text in .jsonl or a data set.")] = "text",
+    split: Annotated[str, typer.Option(help="Split of a calibration data set on the hub.")] = "train",
+    text_split: Annotated[str, typer.Option(help="Split of a scored data set on the hub.")] = "test",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens in a calibration window. [default: the model's context, at most 2048]")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens in a scored window. [default: the model's context, at most 2048]")
+    ] = None,
+    tasks: Annotated[_Axis, typer.Option(help="Tasks to score too, as for trimfit eval.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first so many windows, and examples of each task.")
+    ] = None,
+    scope: Annotated[
+        str | None, typer.Option(help="Count sparsity per row or over the layer. [default: each selector's]")
+    ] = None,
+    damping: Annotated[
+        str, typer.Option(help="λ in H + λ·mean(diag H)·I, or auto: chosen on held-out windows.")
+    ] = "0.01",
+    capture: Annotated[str, typer.Option(help="Recapture inputs per group (ours) or block (the paper's).")] = "group",
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Layers to leave dense: glob, or re:REGEX. Repeatable.")
+    ] = None,
+    held_out: Annotated[float, typer.Option(help="Share of windows kept aside to measure layer errors.")] = 0.125,
+    guard: Annotated[
+        bool,
+        typer.Option("--guard", help="Let a layer have simpler weights where these are better on held-out windows."),
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Windows in one forward pass.")] = 8,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
+) -> None:
+    """Prune MODEL in every combination given, each from the dense model, and compare: tables and plots over seeds.
+
+    Lists are separated by commas, or the option is repeated. Every finished cell is kept at once: the same command
+    goes on where it was interrupted, and tries again what failed.
+    """
+    from trimfit.calibration import CalibrationConfig
+    from trimfit.checkpoints import resolve_device
+    from trimfit.cli import show
+    from trimfit.demo.run import model_path
+    from trimfit.pipelines import CompareConfig
+    from trimfit.pipelines import compare as run
+    from trimfit.pipelines.comparison_report import table
+
+    axes: dict[str, Any] = {
+        "selectors": _values(selectors),
+        "updates": _values(updates),
+        "targets": _values(targets),
+        "allocations": _values(allocations),
+        "sparsity": _shares(sparsity),
+        "patterns": _values(patterns),
+    }
+    common = {
+        "scope": scope,
+        "damping": damping,
+        "capture": capture,
+        "ignore": tuple(ignore or ()),
+        "held_out": held_out,
+        "guard": guard,
+        "batch_size": batch_size,
+    }
+    config = CompareConfig.model_validate({**{k: v for k, v in axes.items() if v}, "seeds": seeds, "common": common})
+    windows = CalibrationConfig(
+        source=calibration, field=field, split=split, samples=samples, sequence_length=sequence_length
+    )
+    output = output.expanduser()
+    show.quiet_libraries()
+    try:
+        with show.progress(quiet=json) as observer:
+            comparison = run(
+                str(model_path()) if model == "demo" and not Path(model).exists() else model,
+                output,
+                config,
+                windows,
+                text=text,
+                field=field,
+                split=text_split,
+                window=window,
+                tasks=_values(tasks),
+                limit=limit,
+                device=resolve_device(device),
+                observer=observer,
+            )
+    except KeyboardInterrupt:
+        raise _Interrupted(
+            f"interrupted; what was finished is in {output}: the same command goes on from there"
+        ) from None
+    if json:
+        print(json_module.dumps({"output": str(output), **comparison.record()}, indent=1, allow_nan=False))
+    else:
+        print(table(comparison), *comparison.notes, f"written to {output} (comparison.md, .json, plots)", sep="\n")
+    if comparison.failures:
+        cells = sum(len(row.cells) for row in comparison.rows) + len(comparison.failures)
+        raise RunError(
+            f"{len(comparison.failures)} of {cells} cells failed (reasons in {output}/comparison.md); "
+            "the same command tries them again"
+        )
+
+
+def _values(given: _Axis) -> tuple[str, ...]:
+    """What stands between the commas of all uses of an option."""
+    return tuple(value for part in given or () for value in (v.strip() for v in part.split(",")) if value)
+
+
+def _shares(given: _Axis) -> tuple[float, ...]:
+    values = _values(given)
+    try:
+        return tuple(float(value) for value in values)
+    except ValueError:
+        raise InputError(
+            f"--sparsity takes numbers such as 0.5,0.6, but it is {','.join(values)!r}; N:M goes to --patterns"
+        ) from None

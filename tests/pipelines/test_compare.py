@@ -1,0 +1,314 @@
+"""A comparison against the same cells done by hand, and what it does with what it finds."""
+
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from families import FAMILIES, LENGTH, windows
+from transformers import PreTrainedTokenizerFast
+
+from trimfit import CalibrationConfig, CompareConfig, Comparison, InputError, RunError, compare, load_checkpoint, prune
+from trimfit.evaluate import TaskScore, score_text
+from trimfit.pipelines import compare_bench, comparison_report
+
+CONFIG = CompareConfig(selectors=("wanda",), updates=("none", "optimal"), sparsity=(0.5, 0.7), seeds=2)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: PreTrainedTokenizerFast) -> str:
+    directory = tmp_path_factory.mktemp("models") / "llama"
+    FAMILIES["llama"].build().save_pretrained(directory)
+    word_tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tokens.npy to calibrate on, text.txt to score."""
+    directory = tmp_path_factory.mktemp("data")
+    numpy.save(directory / "tokens.npy", windows(40).numpy())
+    words = windows(1, 120, seed=7)[0].tolist()
+    (directory / "text.txt").write_text(" ".join(f"w{i}" for i in words))
+    return directory
+
+
+def run(source: str, out: Path, data: Path, config: CompareConfig = CONFIG, **options: Any) -> Comparison:
+    calibration = CalibrationConfig(source=str(data / "tokens.npy"), samples=8, sequence_length=LENGTH)
+    return compare(source, out, config, calibration, text=str(data / "text.txt"), window=LENGTH, **options)
+
+
+@pytest.fixture(scope="module")
+def done(source: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
+    """A finished comparison and its folder. Not to be written to."""
+    out = tmp_path_factory.mktemp("runs") / "out"
+    return run(source, out, data), out
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots take longer than all else here."""
+    monkeypatch.setattr(comparison_report, "can_plot", lambda: False)
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
+
+
+def test_cells_are_those_pruned_and_scored_by_hand(source: str, data: Path, done: tuple[Comparison, Path]) -> None:
+    comparison, _ = done
+    text = (data / "text.txt").read_text()
+    checkpoint = load_checkpoint(source)
+    dense = score_text(checkpoint.model, checkpoint.tokenizer, [text], length=LENGTH)
+    assert comparison.dense.score == dense
+    assert len(comparison.rows) == 4
+    for row in comparison.rows[1:3]:
+        for seed, cell in enumerate(row.cells):
+            fresh = load_checkpoint(source)
+            calibration = CalibrationConfig(
+                source=str(data / "tokens.npy"), samples=8, sequence_length=LENGTH, seed=seed
+            )
+            report = prune(fresh.model, calibration.windows(fresh.tokenizer, fresh.model), row.config)
+            assert cell.seed == seed
+            assert cell.score == score_text(fresh.model, fresh.tokenizer, [text], length=LENGTH)
+            assert cell.report is not None
+            assert cell.report.mean_error() == report.mean_error()
+
+
+def test_table_is_what_the_cells_say(done: tuple[Comparison, Path]) -> None:
+    comparison, out = done
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in _tables(out)[0]]
+    header, _, dense, *rows = table
+    assert header[:5] == ["pattern", "mask", "update", "perplexity", "excess nats"]
+    score = comparison.dense.score
+    assert score is not None
+    assert dense[:5] == ["dense", "", "", f"{score.perplexity:.3f}", "0.0000"]
+    for shown, row in zip(rows, comparison.rows, strict=True):
+        found = [cell.score.perplexity for cell in row.cells if cell.score]
+        assert shown[:3] == [
+            f"{row.config.sparsity:.0%}",
+            "wanda",
+            {"none": "none"}.get(row.config.refit, "optimal refit"),
+        ]
+        assert shown[3] == f"{statistics.mean(found):.3f} ± {statistics.stdev(found):.3f}"
+        excess = [math.log(p) - math.log(score.perplexity) for p in found]
+        assert shown[4] == f"{statistics.mean(excess):.4f} ± {statistics.stdev(excess):.4f}"
+        values = dict(zip(header, shown, strict=True))
+        errors = [cell.report.mean_error().held_out or 0 for cell in row.cells if cell.report]
+        assert values["layer error"] == f"{statistics.mean(errors):.4f} ± {statistics.stdev(errors):.4f}"
+        assert values["zeros"] == f"{row.config.sparsity:.1%}"
+        assert values["seeds"] == "2"
+        assert (values["steps"] == "–") == (row.config.refit == "none")
+
+
+def test_a_table_by_pattern_for_each_mask_and_update(done: tuple[Comparison, Path]) -> None:
+    comparison, out = done
+    _, perplexities, _ = _tables(out)
+    assert next([c.strip() for c in line.split("|")[1:-1]][:4] for line in perplexities) == [
+        "mask",
+        "update",
+        "50%",
+        "70%",
+    ]
+    for row in comparison.rows:
+        spread = row.spread(comparison.quantities["perplexity"])
+        assert spread is not None
+        assert any(f" {spread.text('.2f')} " in line and row.config.refit[:4] in line for line in perplexities)
+
+
+def _tables(out: Path) -> list[list[str]]:
+    parts = re.split(r"\n\n", (out / "comparison.md").read_text())
+    return [part.splitlines() for part in parts if part.startswith("|")]
+
+
+def test_json_has_every_number(done: tuple[Comparison, Path]) -> None:
+    comparison, out = done
+    record = json.loads((out / "comparison.json").read_text())
+    assert record == json.loads(json.dumps(comparison.record()))
+    for row, stored in zip(comparison.rows, record["rows"], strict=True):
+        assert stored["config"]["sparsity"] == row.config.sparsity
+        own = [cell["perplexity"] for cell in stored["cells"]]
+        assert own == [cell.score.perplexity for cell in row.cells if cell.score]
+        assert stored["perplexity"]["mean"] == pytest.approx(statistics.mean(own))
+
+
+def test_plots_are_there(done: tuple[Comparison, Path]) -> None:
+    _, out = done
+    assert {path.name for path in out.glob("*.png")} == {
+        "perplexity.png",
+        *(f"layer-{quantity}-{pattern}.png" for quantity in ("error", "seconds") for pattern in ("50", "70")),
+    }
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_rerun_measures_only_what_is_new(
+    source: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(source, tmp_path, data, CompareConfig(selectors=("wanda",), updates=("none",), seeds=1))
+    before = (tmp_path / "journal.jsonl").read_bytes()
+    pruned: list[tuple[str, float | None]] = []
+    original = compare_bench.prune
+
+    def counted(model: Any, tokens: Any, config: Any, **options: Any) -> Any:
+        pruned.append((config.refit, config.sparsity))
+        return original(model, tokens, config, **options)
+
+    monkeypatch.setattr(compare_bench, "prune", counted)
+    larger = CompareConfig(selectors=("wanda",), updates=("none", "optimal"), seeds=2)
+    second = run(source, tmp_path, data, larger)
+    assert pruned == [("optimal", 0.5), ("none", 0.5), ("optimal", 0.5)]
+    assert (tmp_path / "journal.jsonl").read_bytes().startswith(before)
+    assert second.rows[0].cells[0] == first.rows[0].cells[0]
+    assert run(source, tmp_path, data, larger) == second
+    assert len(pruned) == 3
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_failed_cell_is_marked_and_tried_again(
+    source: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: tuple[Comparison, Path]
+) -> None:
+    original = compare_bench.score_text
+    calls: list[int] = []
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:  # the dense model, the first cell, the second
+            raise torch.OutOfMemoryError("CUDA out of memory\nand more")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(compare_bench, "score_text", failing)
+    comparison = run(source, tmp_path, data)
+    (failed,) = comparison.failures
+    assert failed.failure == "OutOfMemoryError: CUDA out of memory"
+    row = comparison.rows[1]
+    assert (len(row.cells), row.failures) == (1, (failed,))
+    text = (tmp_path / "comparison.md").read_text()
+    assert "- Failed: 50%, wanda, optimal refit" in text and "seed 0: OutOfMemoryError: CUDA out of memory" in text
+    assert "| 1 of 2 |" in text
+    assert [r.cells for r in comparison.rows[2:]] == [r.cells for r in run(source, tmp_path, data).rows[2:]]
+
+    again = run(source, tmp_path, data)
+    assert again.failures == []
+    expected, _ = done
+    assert [[cell.score for cell in row.cells] for row in again.rows] == [
+        [cell.score for cell in row.cells] for row in expected.rows
+    ]
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_row_without_a_single_cell(source: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*arguments: Any, **options: Any) -> Any:
+        raise RunError("it cannot be done")
+
+    monkeypatch.setattr(compare_bench, "prune", failing)
+    comparison = run(source, tmp_path, data, CompareConfig(selectors=("wanda",), seeds=2))
+    assert len(comparison.failures) == 4
+    rows = [line for line in (tmp_path / "comparison.md").read_text().splitlines() if "| 0 of 2 |" in line]
+    assert len(rows) == 2 and all("failed" in row for row in rows)
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_layers_that_a_pattern_does_not_divide_stay_dense(source: str, data: Path, tmp_path: Path) -> None:
+    config = CompareConfig(selectors=("wanda",), updates=("none",), patterns=("16:32", "2:5"), seeds=1)
+    comparison = run(source, tmp_path, data, config)
+    (row,) = comparison.rows
+    report = row.cells[0].report
+    assert report is not None
+    assert len(report.layers) == 12 and not any("down_proj" in record.name for record in report.layers)
+    pruned, dense = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 2 * 48 * 32), 2 * 32 * 48
+    zeros = row.spread(comparison.quantities["zeros"])
+    assert zeros is not None and zeros.mean == pytest.approx(0.5 * pruned / (pruned + dense))
+    text = (tmp_path / "comparison.md").read_text()
+    assert "- 16:32: layers whose width 32 does not divide stay dense: mlp.down_proj (2)." in text
+    assert "- Left out: 2:5, as 5 divides the width of no layer." in text
+
+    with pytest.raises(InputError, match="no layer can be pruned as asked: Left out: 2:5"):
+        run(source, tmp_path / "other", data, CompareConfig(patterns=("2:5",)))
+
+
+@pytest.mark.parametrize("changed", ["model", "text", "calibration", "tasks"])
+@pytest.mark.usefixtures("no_plots")
+def test_a_journal_of_something_else_is_refused(
+    source: str, data: Path, done: tuple[Comparison, Path], changed: str, tmp_path: Path, word_tokenizer: Any
+) -> None:
+    _, out = done
+    before = (out / "journal.jsonl").read_bytes()
+    options: dict[str, Any] = {}
+    if changed == "model":
+        source = str(tmp_path / "other")
+        FAMILIES["llama"].build(seed=1).save_pretrained(source)
+        word_tokenizer.save_pretrained(source)
+    elif changed == "tasks":
+        options["tasks"] = ["demo"]
+    else:
+        (tmp_path / "tokens.npy").write_bytes((data / "tokens.npy").read_bytes())
+        (tmp_path / "text.txt").write_text((data / "text.txt").read_text() + (" w5" if changed == "text" else ""))
+        if changed == "calibration":
+            numpy.save(tmp_path / "tokens.npy", windows(40, seed=9).numpy())
+        data = tmp_path
+    with pytest.raises(InputError, match=rf"is of another run, which differs in .*{changed}"):
+        run(source, out, data, **options)
+    assert (out / "journal.jsonl").read_bytes() == before
+
+
+def test_cells_of_another_version_are_refused(
+    source: str, data: Path, done: tuple[Comparison, Path], tmp_path: Path
+) -> None:
+    header, dense, cell, *_ = lines(done[1])
+    del cell["report"]["layers"][0]["damping"]
+    (tmp_path / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (header, dense, cell)))
+    with pytest.raises(InputError, match=r"are of another trimfit, from report\.layers\.0\.damping on"):
+        run(source, tmp_path, data)
+
+
+def test_other_things_are_never_written_over(source: str, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    for out in (tmp_path, tmp_path / "mine.txt"):
+        with pytest.raises(InputError, match="choose another output"):
+            run("there/is/no/such/model", out, data)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_tasks_are_columns(source: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter([0.5, 0.25, 0.375])  # the dense model, two seeds
+
+    def fake(model: Any, tokenizer: Any, tasks: list[str], **options: Any) -> list[TaskScore]:
+        assert (tasks, options["limit"]) == (["quiz"], 3)
+        value = next(values)
+        return [TaskScore("quiz", "acc", value, 0.0625, 8, {"acc": (value, 0.0625)})]
+
+    monkeypatch.setattr(compare_bench, "evaluate_tasks", fake)
+    config = CompareConfig(selectors=("wanda",), updates=("none",), seeds=2)
+    comparison = run(source, tmp_path, data, config, tasks=["quiz"], limit=3)
+    text = (tmp_path / "comparison.md").read_text()
+    assert "quiz (acc)" in text
+    assert " 0.5000 ± 0.0625 " in text
+    assert f" 0.3125 ± {statistics.stdev([0.25, 0.375]):.4f} " in text
+    assert run(source, tmp_path, data, config, tasks=["quiz"], limit=3) == comparison  # from the journal
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_an_infinite_perplexity_survives_the_journal(
+    source: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = compare_bench.score_text
+
+    def huge(*arguments: Any, **options: Any) -> Any:
+        from dataclasses import replace
+
+        return replace(original(*arguments, **options), nats=1000.0, perplexity=math.inf)
+
+    monkeypatch.setattr(compare_bench, "score_text", huge)
+    config = CompareConfig(selectors=("wanda",), updates=("none",), seeds=1)
+    comparison = run(source, tmp_path, data, config)
+    again = run(source, tmp_path, data, config)
+    assert again == comparison
+    assert again.rows[0].cells[0].score == comparison.rows[0].cells[0].score
+    record = json.loads((tmp_path / "comparison.json").read_text(), parse_constant=pytest.fail)
+    assert record["rows"][0]["perplexity"]["mean"] is None

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from families import ALL_FAMILIES, FAMILIES, make_word_tokenizer, windows
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -92,6 +93,14 @@ def test_an_unknown_type(write: Any):
     directory = write()
     edit(directory, model_type="llamalike")
     assert message(directory).startswith("the config of MODEL cannot be read: ")
+
+
+def test_weights_that_are_integers(write: Any):
+    directory = write()
+    tensors = load_file(directory / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file(tensors | {name: (tensors[name] * 100).to(torch.int8)}, directory / "model.safetensors", {"format": "pt"})
+    assert message(directory).startswith(f"{name} of MODEL is stored as I8 and not in floating point: ")
 
 
 def test_no_weights(write: Any):

@@ -301,3 +301,11 @@ def test_prune_then_quantize(
         assert (after[before == 0] == 0).all()
         assert (after.unflatten(1, (-1, group)) != 0).sum(2).max() <= group // 2
         assert layer["pruned"] and layer["zeros"] >= 0.5
+
+
+def test_a_packed_model_is_scored_without_bars_of_other_libraries(
+    run: Quantize, here: Here, text: Path, tmp_path: Path
+) -> None:
+    run("--rounding", "nearest")
+    outcome = here("eval", tmp_path / "out", "--text", text, "--window", "32", "--limit", "2")
+    assert (outcome.status, outcome.stderr) == (0, "")

@@ -158,12 +158,21 @@ def _check_quantization(source: str, config: PreTrainedConfig, *, accepted: bool
 
 
 def _stored_dtype(source: str) -> torch.dtype | str:
-    """The dtype of the weights in a directory, which its config may not tell; "auto" where that cannot be seen."""
+    """The dtype of the weights in a directory, which its config may not tell; "auto" where that cannot be seen.
+
+    Raises `InputError` for weights that are integers, which transformers would take for the weights themselves.
+    """
     dtypes: set[torch.dtype] = set()
     for shard in shard_files(Path(source)) if Path(source).is_dir() else []:
         with safe_open(shard, framework="pt") as file:
-            names = {str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
-        dtypes |= {_DTYPES[name] for name in names if name in _DTYPES}
+            stored = {name: str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
+        for name, kind in stored.items():
+            if name.endswith(".weight") and kind[0] in "IU":
+                raise InputError(
+                    f"{name} of {source} is stored as {kind} and not in floating point: the model is quantized by "
+                    "something unknown or damaged; start from the full-precision model"
+                )
+        dtypes |= {_DTYPES[kind] for kind in stored.values() if kind in _DTYPES}
     if len(dtypes) > 1:
         log.warning("%s mixes weights of %s; all are treated as what its config says", source, sorted(map(str, dtypes)))
     return dtypes.pop() if len(dtypes) == 1 else "auto"

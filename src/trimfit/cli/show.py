@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partialmethod
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,26 @@ from trimfit.pipelines.evaluate_checkpoint import Evaluation
 
 def quiet_libraries() -> None:
     """Silences the progress bars and notes of the libraries underneath; trimfit shows its own."""
-    from tqdm import tqdm
     from transformers.utils import logging
 
-    bar: Any = tqdm
-    if not isinstance(vars(bar)["__init__"], partialmethod):
-        bar.__init__ = partialmethod(bar.__init__, disable=True)  # compressed-tensors has no switch for its bars
+    _hide_bars()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
+
+
+@cache
+def _hide_bars() -> None:
+    """All of tqdm's, once and for all: compressed-tensors has no switch for its own."""
+    from tqdm import tqdm
+
+    bar: Any = tqdm
+    show = bar.__init__
+
+    def hide(self: Any, *arguments: Any, **options: Any) -> None:
+        show(self, *arguments, **options | {"disable": True})
+
+    bar.__init__ = hide
 
 
 @contextmanager

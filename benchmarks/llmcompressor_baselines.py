@@ -83,6 +83,9 @@ def our_pruner(selector: str, pattern: dict[str, Any]) -> Compress:
     config = trimfit.PruneConfig(
         selector=selector,
         refit="own" if SELECTORS[selector].updates_weights else "none",
+        target="layer",  # as the methods were published; the same holds of the next two lines
+        row_weights="equal",
+        guard=False,
         damping=DAMPING,
         capture="block",
         held_out=0,

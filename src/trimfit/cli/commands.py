@@ -40,6 +40,9 @@ def prune(
     scope: Annotated[
         str | None, typer.Option(help="Count per row or over the layer. [default: the selector's]")
     ] = None,
+    allocation: Annotated[
+        str, typer.Option(help="How layers share the sparsity: uniform, owl (by outliers) or error (by cost).")
+    ] = "uniform",
     row_weights: Annotated[
         str | None,
         typer.Option(
@@ -95,6 +98,7 @@ def prune(
         "pattern": pattern,
         "selector": selector,
         "scope": scope,
+        "allocation": allocation,
         "row_weights": row_weights,
         "refit": refit,
         "target": target,

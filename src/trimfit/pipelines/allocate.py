@@ -70,7 +70,7 @@ def allocate(
     - `blocks`: with the layers to prune.
     - `windows`: (N, L) int64 calibration windows; "uniform" does not look at them.
     - `method`: "uniform", the same share everywhere; "owl", by blocks, less where there are many outliers; "error", by
-      layers, so that the estimated cost in nats is least, which needs a backward pass through the whole model.
+      layers, so that the estimated cost in nats is least, which needs a forward pass for each layer, on few windows.
     - `damping`, `batch_size`: as for `prune`.
 
     Raises `InputError` as `Walker` does, and for layers so small that some would lose all their weights.
@@ -119,7 +119,7 @@ def _costs(
         for layer in block.layers:
             gram = inputs[layer.name]
             energy = gram.energy(layer.weight.float()).item()
-            costs[layer.name] = loss_curve(layer.weight, gram) * energy * sensitivities[layer.name] / 2
+            costs[layer.name] = loss_curve(layer.weight, gram) * energy * sensitivities[layer.name]
     return costs
 
 

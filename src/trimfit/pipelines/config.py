@@ -20,6 +20,8 @@ class PruneConfig(BaseModel):
     - `scope`: whether an unstructured mask counts per "row" or over the "layer"; None is the selector's own habit.
     - `row_weights`: what an output counts when the rows of a layer compete: all "equal", or those of Q and K as much as
       the "attention" logits make of them; None is "attention" for the selector joint, "equal" for others.
+    - `allocation`: how the sparsity is split over the layers: "uniform", the same in each; "owl", less in blocks with
+      many outliers; "error", so that the estimated cost in nats is least.
     - `refit`: "optimal" refits the dense weights to the mask; "own" keeps the selector's updated weights;
       "none" keeps the dense weights where the mask is True.
     - `target`: what the refit, and the selector, aim at: "layer" is what the dense layer gives on the inputs of the
@@ -44,6 +46,7 @@ class PruneConfig(BaseModel):
     selector: str = "joint"
     scope: Literal["row", "layer"] | None = None
     row_weights: Literal["equal", "attention"] | None = None
+    allocation: Literal["uniform", "owl", "error"] = "uniform"
     refit: Literal["optimal", "own", "none"] = "optimal"
     target: Literal["layer", "dense"] = "dense"
     dense_share: float = Field(default=0.5, gt=0, le=1)
@@ -76,6 +79,8 @@ class PruneConfig(BaseModel):
             raise ValueError("give sparsity or pattern, not both")
         if self.pattern is not None:
             parse_pattern(self.pattern)
+            if self.allocation != "uniform":
+                raise ValueError("an N:M pattern leaves no sparsity to split: use the allocation 'uniform'")
             if self.scope is not None:
                 raise ValueError("scope belongs to an unstructured sparsity, not to an N:M pattern")
         if self.damping == "auto" and self.held_out == 0:

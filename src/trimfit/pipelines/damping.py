@@ -9,7 +9,8 @@ from trimfit.masks import SELECTORS, Pattern
 from trimfit.pipelines.goal import Goal
 from trimfit.refit import Auto, FactoredGram, refit
 
-CANDIDATES = (0.001, 0.01, 0.1)
+DEFAULT_DAMPING = 0.01
+CANDIDATES = (0.001, DEFAULT_DAMPING, 0.1)
 _TOLERANCE = 1e-2  # of the trial refits
 
 

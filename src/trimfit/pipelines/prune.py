@@ -2,17 +2,19 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimfit.calibration import InputMoments, split_held_out
 from trimfit.errors import InputError
-from trimfit.masks import check_width
-from trimfit.models import Block, Group, Walker, check_causal, find_blocks, find_query_key, select_layers
+from trimfit.masks import NM, Pattern, Unstructured, check_width
+from trimfit.models import Block, Group, Layer, Walker, check_causal, find_blocks, find_query_key, select_layers
+from trimfit.pipelines.allocate import Allocation, allocate
 from trimfit.pipelines.checks import check_finite, check_tokens, naming
 from trimfit.pipelines.config import PruneConfig
-from trimfit.pipelines.damping import choose_damping
+from trimfit.pipelines.damping import DEFAULT_DAMPING, choose_damping
 from trimfit.pipelines.observer import Observer, Silent
 from trimfit.pipelines.prune_layer import Inputs, prune_layer
 from trimfit.pipelines.records import LayerRecord, PruneReport, peak_memory, versions
@@ -53,6 +55,7 @@ def prune(
         )
     windows = {"fit": fit, "held_out": held_out} if len(held_out) else {"fit": fit}
 
+    allocation = _allocation(model, blocks, fit, config, observer)
     total = sum(layer.weight.numel() for block in blocks for layer in block.layers)
     done = 0
     records: list[LayerRecord] = []
@@ -63,13 +66,14 @@ def prune(
         groups = walker.groups(block)
         together = [groups] if groups and config.capture == "block" else [[group] for group in groups]
         for part in together:
-            for record in _prune_groups(walker, block, part, config):
+            for record in _prune_groups(walker, block, part, config, allocation):
                 records.append(record)
                 done += record.shape[0] * record.shape[1]
                 observer.layer(record, done / total)
     return PruneReport(
         config=config,
         layers=records,
+        allocation=allocation.blocks if allocation else None,
         windows=len(fit),
         held_out_windows=len(held_out),
         window_length=tokens.shape[1],
@@ -79,7 +83,35 @@ def prune(
     )
 
 
-def _prune_groups(walker: Walker, block: Block, groups: Sequence[Group], config: PruneConfig) -> Iterator[LayerRecord]:
+def _allocation(
+    model: PreTrainedModel, blocks: Sequence[Block], windows: Tensor, config: PruneConfig, observer: Observer
+) -> Allocation | None:
+    """How the sparsity is split over the layers; None for N:M, which leaves nothing to split."""
+    if config.sparsity is None:
+        return None
+    damping = DEFAULT_DAMPING if config.damping == "auto" else config.damping
+    return allocate(
+        model,
+        blocks,
+        windows,
+        method=config.allocation,
+        sparsity=config.sparsity,
+        damping=damping,
+        batch_size=config.batch_size,
+        observer=observer,
+    )
+
+
+def _pattern(layer: Layer, config: PruneConfig, allocation: Allocation | None) -> Pattern:
+    pattern = config.mask_pattern
+    if allocation is None or isinstance(pattern, NM):
+        return pattern
+    return Unstructured(Fraction(allocation.pruned[layer.name], layer.weight.numel()), pattern.scope)
+
+
+def _prune_groups(
+    walker: Walker, block: Block, groups: Sequence[Group], config: PruneConfig, allocation: Allocation | None
+) -> Iterator[LayerRecord]:
     """Prunes groups whose inputs are captured together; their second moments live no longer than this generator."""
     moments = {name: walker.moments(block, groups, name) for name in walker.windows}
     for group in groups:
@@ -87,9 +119,10 @@ def _prune_groups(walker: Walker, block: Block, groups: Sequence[Group], config:
         held_out = rest[0] if rest else None
         with naming(group.layers[0]):
             row_weights = _row_weights(walker, block, group, fit) if config.weighs_rows else {}
-            inputs = Inputs(_factorise(group, fit, held_out, config), fit, held_out, row_weights)
-        for layer in group.layers:
-            yield prune_layer(layer, block.index, inputs, config, config.mask_pattern)
+            patterns = [_pattern(layer, config, allocation) for layer in group.layers]
+            inputs = Inputs(_factorise(group, patterns, fit, held_out, config), fit, held_out, row_weights)
+        for layer, pattern in zip(group.layers, patterns, strict=True):
+            yield prune_layer(layer, block.index, inputs, config, pattern)
 
 
 def _row_weights(walker: Walker, block: Block, group: Group, fit: InputMoments) -> dict[str, Tensor]:
@@ -100,12 +133,14 @@ def _row_weights(walker: Walker, block: Block, group: Group, fit: InputMoments) 
     return attention_row_weights(pair, fit.gram)
 
 
-def _factorise(group: Group, fit: InputMoments, held_out: InputMoments | None, config: PruneConfig) -> FactoredGram:
+def _factorise(
+    group: Group, patterns: Sequence[Pattern], fit: InputMoments, held_out: InputMoments | None, config: PruneConfig
+) -> FactoredGram:
     if config.damping != "auto":
         return FactoredGram(fit.gram, config.damping)
     assert held_out is not None  # the config refuses "auto" without a share, and `_check` a share without a window
     weights = [layer.weight.float() for layer in group.layers]
-    return choose_damping(weights, [config.mask_pattern] * len(weights), fit, held_out, config.share)
+    return choose_damping(weights, patterns, fit, held_out, config.share)
 
 
 def _check(model: PreTrainedModel, tokens: Tensor, blocks: list[Block], config: PruneConfig) -> None:

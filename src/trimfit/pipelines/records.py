@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from trimfit.pipelines.allocate import BlockBudget
 from trimfit.pipelines.config import PruneConfig
 
 # The weights that a layer was given: those of the optimal refit, the selector's own, or the dense ones under the mask.
@@ -67,12 +68,16 @@ class LayerRecord(BaseModel):
 
 
 class PruneReport(BaseModel):
-    """All that a prune run tells: its config and a record for each layer it changed."""
+    """All that a prune run tells: its config and a record for each layer it changed.
+
+    `allocation` is what each block was to lose; None for an N:M pattern.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     config: PruneConfig
     layers: list[LayerRecord]
+    allocation: list[BlockBudget] | None = None
     windows: int
     held_out_windows: int
     window_length: int

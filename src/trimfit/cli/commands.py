@@ -41,8 +41,12 @@ def prune(
         str | None, typer.Option(help="Count per row or over the layer. [default: the selector's]")
     ] = None,
     allocation: Annotated[
-        str, typer.Option(help="How layers share the sparsity: uniform, owl (by outliers) or error (by cost).")
-    ] = "uniform",
+        str | None,
+        typer.Option(
+            help="How layers share the sparsity: uniform, owl (by outliers) or error (by cost). "
+            "\\[default: error for joint, else uniform]"
+        ),
+    ] = None,
     row_weights: Annotated[
         str | None,
         typer.Option(

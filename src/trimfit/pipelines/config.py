@@ -21,7 +21,8 @@ class PruneConfig(BaseModel):
     - `row_weights`: what an output counts when the rows of a layer compete: all "equal", or those of Q and K as much as
       the "attention" logits make of them; None is "attention" for the selector joint, "equal" for others.
     - `allocation`: how the sparsity is split over the layers: "uniform", the same in each; "owl", less in blocks with
-      many outliers; "error", so that the estimated cost in nats is least.
+      many outliers; "error", so that the estimated cost in nats is least; None is "error" for the selector joint,
+      "uniform" for others and for an N:M pattern, which leaves nothing to split.
     - `refit`: "optimal" refits the dense weights to the mask; "own" keeps the selector's updated weights;
       "none" keeps the dense weights where the mask is True.
     - `target`: what the refit, and the selector, aim at: "layer" is what the dense layer gives on the inputs of the
@@ -46,7 +47,7 @@ class PruneConfig(BaseModel):
     selector: str = "joint"
     scope: Literal["row", "layer"] | None = None
     row_weights: Literal["equal", "attention"] | None = None
-    allocation: Literal["uniform", "owl", "error"] = "uniform"
+    allocation: Literal["uniform", "owl", "error"] | None = None
     refit: Literal["optimal", "own", "none"] = "optimal"
     target: Literal["layer", "dense"] = "dense"
     dense_share: float = Field(default=0.5, gt=0, le=1)
@@ -79,7 +80,7 @@ class PruneConfig(BaseModel):
             raise ValueError("give sparsity or pattern, not both")
         if self.pattern is not None:
             parse_pattern(self.pattern)
-            if self.allocation != "uniform":
+            if self.allocation not in (None, "uniform"):
                 raise ValueError("an N:M pattern leaves no sparsity to split: use the allocation 'uniform'")
             if self.scope is not None:
                 raise ValueError("scope belongs to an unstructured sparsity, not to an N:M pattern")
@@ -103,6 +104,11 @@ class PruneConfig(BaseModel):
             return parse_pattern(self.pattern)
         assert self.sparsity is not None  # one of the two is always there
         return Unstructured(self.sparsity, self.scope or SELECTORS[self.selector].default_scope)
+
+    @property
+    def split(self) -> Literal["uniform", "owl", "error"]:
+        """The allocation asked for, or the default of the selector."""
+        return self.allocation or ("error" if self.selector == "joint" and self.pattern is None else "uniform")
 
     @property
     def weighs_rows(self) -> bool:

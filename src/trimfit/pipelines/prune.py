@@ -94,7 +94,7 @@ def _allocation(
         model,
         blocks,
         windows,
-        method=config.allocation,
+        method=config.split,
         sparsity=config.sparsity,
         damping=damping,
         batch_size=config.batch_size,

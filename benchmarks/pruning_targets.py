@@ -1,0 +1,132 @@
+"""Our best pruning beside the protocols of OPTIMA, SparseGPT and ALPS, in one run on the same windows and text.
+
+    python benchmarks/pruning_targets.py demo --calibration demo --text demo
+    python benchmarks/pruning_targets.py MODEL --calibration FIRST_HALF --text SECOND_HALF
+
+- `best`: joint masks with an allocation by measured cost, refit, target "dense": the defaults of `trimfit prune`.
+- `best, self`: the same on windows that the model itself wrote.
+- `OPTIMA`: Wanda's mask per row, optimal refit, target "layer".
+- `SparseGPT`: its own mask and update, per layer.
+- `ALPS`: ADMM with its own schedule, per layer, and 10 steps of conjugate gradients (benchmarks/alps.py).
+
+All see each group of layers through what is pruned already. Excess is ln perplexity less that of the dense model.
+Prints each cell as it comes, then Markdown tables.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from alps import alps
+from common import documents, machine, quiet
+from paper_table import PATTERNS, indivisible
+
+import trimfit
+from trimfit.calibration import CalibrationConfig
+from trimfit.demo.run import model_path
+from trimfit.evaluate import score_text
+from trimfit.masks import SELECTORS, Selector
+
+PLAIN: dict[str, Any] = {"target": "layer", "guard": False}
+METHODS: dict[str, dict[str, Any]] = {
+    "best": {},
+    "best, self": {},
+    "OPTIMA": {"selector": "wanda", **PLAIN},
+    "SparseGPT": {"selector": "sparsegpt", "refit": "own", **PLAIN},
+    "ALPS": {"selector": "alps", "refit": "own", **PLAIN},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--skip", type=float, default=0.0, help="share of the text's documents, from its start")
+    parser.add_argument("--characters", type=int, help="of each document to score, from its middle")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--patterns", nargs="*", default=list(PATTERNS))
+    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+
+    quiet()
+    SELECTORS["alps"] = Selector(alps, "layer", updates_weights=True)
+    source = str(model_path()) if arguments.model == "demo" else arguments.model
+    checkpoint = trimfit.load_checkpoint(source)
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    texts = documents(arguments.text, arguments.characters, arguments.skip)
+    length = arguments.sequence_length
+    dense_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    dense = score_text(model, tokenizer, texts, length=length)
+
+    cells: list[dict[str, Any]] = []
+    for seed in range(arguments.seeds):
+        model.load_state_dict(dense_state)
+        sources = {"self" if name.endswith("self") else arguments.calibration for name in arguments.methods}
+        windows = {
+            source: CalibrationConfig(
+                source=source, samples=arguments.samples, sequence_length=length, seed=seed
+            ).windows(tokenizer, model)
+            for source in sources
+        }
+        for label, method in itertools.product(arguments.patterns, arguments.methods):
+            model.load_state_dict(dense_state)
+            pattern = PATTERNS[label]
+            config = trimfit.PruneConfig.model_validate(
+                {"ignore": indivisible(model, pattern), **METHODS[method], **pattern}
+            )
+            start = time.perf_counter()
+            trimfit.prune(model, windows["self" if method.endswith("self") else arguments.calibration], config)
+            seconds = time.perf_counter() - start
+            excess = math.log(score_text(model, tokenizer, texts, length=length).perplexity / dense.perplexity)
+            cells.append({"pattern": label, "method": method, "seed": seed, "excess": excess, "seconds": seconds})
+            print(json.dumps(cells[-1]), flush=True)
+
+    print(f"\n{machine()}\n")
+    print(
+        f"{arguments.model}: {arguments.samples} windows of {length} tokens ({arguments.calibration}), an eighth held "
+        f"out; {dense.tokens:,} tokens scored ({arguments.text}); dense perplexity {dense.perplexity:.3f}; "
+        f"{arguments.seeds} seeds, mean ± std.\n"
+    )
+    print(tables(cells))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"dense": dense.perplexity, "cells": cells}, indent=1))
+
+
+def tables(cells: list[dict[str, Any]]) -> str:
+    """Markdown: excess nats; what the best has of each other method's; medians of the seconds."""
+    patterns, methods = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("pattern", "method"))
+
+    def values(method: str, pattern: str, key: str) -> list[float]:
+        return [cell[key] for cell in cells if (cell["method"], cell["pattern"]) == (method, pattern)]
+
+    def line(name: str, entries: list[str]) -> str:
+        return f"| {name} | " + " | ".join(entries) + " |"
+
+    def mean(method: str, pattern: str) -> float:
+        return statistics.mean(values(method, pattern, "excess"))
+
+    lines = [line("excess nats", patterns), "|---|" + "---|" * len(patterns)]
+    for method in methods:
+        spreads = [statistics.stdev(v) if len(v := values(method, p, "excess")) > 1 else 0.0 for p in patterns]
+        entries = [f"{mean(method, p):.4f} ± {spread:.4f}" for p, spread in zip(patterns, spreads, strict=True)]
+        lines.append(line(method, entries))
+    lines += ["", line("best, as a share of", patterns), "|---|" + "---|" * len(patterns)]
+    for method in methods[1:]:
+        lines.append(line(method, [f"{mean(methods[0], p) / mean(method, p):.2f}" for p in patterns]))
+    lines += ["", line("median seconds", patterns), "|---|" + "---|" * len(patterns)]
+    for method in methods:
+        lines.append(line(method, [f"{statistics.median(values(method, p, 'seconds')):.1f}" for p in patterns]))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

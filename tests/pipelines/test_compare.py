@@ -231,6 +231,21 @@ def test_layers_that_a_pattern_does_not_divide_stay_dense(source: str, data: Pat
         run(source, tmp_path / "other", data, CompareConfig(patterns=("2:5",)))
 
 
+@pytest.mark.usefixtures("no_plots")
+def test_targets_and_allocations_are_columns_where_they_differ(
+    source: str, data: Path, tmp_path: Path, done: tuple[Comparison, Path]
+) -> None:
+    config = CompareConfig(
+        selectors=("wanda",), updates=("optimal",), targets=("layer", "dense"), allocations=("uniform", "owl"), seeds=1
+    )
+    run(source, tmp_path, data, config)
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in _tables(tmp_path)[0]]
+    assert table[0][2:5] == ["update", "target", "allocation"]
+    assert [row[3:5] for row in table[3:]] == [[t, a] for t in ("layer", "dense") for a in ("uniform", "owl")]
+    assert len({row[5] for row in table[3:]}) == 4  # four different perplexities
+    assert "target" not in _tables(done[1])[0][0]
+
+
 @pytest.mark.parametrize("changed", ["model", "text", "calibration", "tasks"])
 @pytest.mark.usefixtures("no_plots")
 def test_a_journal_of_something_else_is_refused(

@@ -53,6 +53,18 @@ def test_targets_are_an_axis() -> None:
     assert [c.target for c in without.grid().configs] == [PruneConfig().target]
 
 
+def test_allocations_are_an_axis_that_patterns_do_not_have() -> None:
+    config = CompareConfig(
+        selectors=("wanda",), updates=("none",), allocations=("uniform", "owl"), sparsity=(0.5,), patterns=("2:4",)
+    )
+    assert [(c.pattern, c.allocation) for c in config.grid().configs] == [
+        (None, "uniform"),
+        (None, "owl"),
+        ("2:4", "uniform"),
+    ]
+    assert any("leaves no sparsity to split" in reason for reason in config.grid().left_out)
+
+
 def test_common_settings_are_in_every_cell_and_nothing_chooses_by_held_out_windows() -> None:
     config = CompareConfig(selectors=("wanda", "joint"), common={"damping": 0.1, "held_out": 0.25})
     assert {(c.damping, c.held_out, c.guard) for c in config.grid().configs} == {(0.1, 0.25, False)}

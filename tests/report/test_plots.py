@@ -72,6 +72,14 @@ def test_equal_names_look_equal_in_all_panels(tmp_path: Path, drawn: list[Figure
     assert [axes.get_title() for axes in figure.axes if axes.get_visible()] == list(panels)
 
 
+def test_long_names_stay_in_the_picture(tmp_path: Path, drawn: list[Figure]) -> None:
+    curves = [curve(f"selector {i}", "optimal refit, dense, uniform", [9.0 + i]) for i in range(5)]
+    plot_curves(tmp_path / "plot.png", curves, [], [], x="x", y="y", level=LEVEL)
+    (figure,) = drawn
+    legend = figure.legends[0].get_window_extent()
+    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width
+
+
 def test_matplotlib_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r'pip install "trimfit\[report\]"'):

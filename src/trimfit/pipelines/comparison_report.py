@@ -25,7 +25,7 @@ _LABELS: _Labels = {
     "mask": lambda config: config.selector,
     "update": lambda config: _UPDATES[config.refit],
     "target": lambda config: config.target,
-    "allocation": lambda config: str(getattr(config, "allocation", "uniform")),
+    "allocation": lambda config: config.split,
 }
 # Columns of numbers: heading, quantity, format.
 _NUMBERS = (

@@ -17,6 +17,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 _MARKERS = ("o", "s", "^", "D", "v")
 _PANEL = (2.6, 2.1)  # inches
+_LETTERS, _HANDLE = 14, 9  # letters of the legend in an inch, and how many the sample beside a name takes
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,14 @@ def _dress(axes: "Axes") -> None:
 
 
 def _save(figure: "Figure", looks: _Looks, path: Path) -> None:
+    longest = max(map(len, looks.labels)) + _HANDLE
+    columns = max(1, int(figure.get_figwidth() * _LETTERS) // longest)
     figure.legend(
-        list(looks.labels.values()), list(looks.labels), loc="outside lower center", ncols=4, fontsize=8, frameon=False
+        list(looks.labels.values()),
+        list(looks.labels),
+        loc="outside lower center",
+        ncols=min(columns, 4),
+        fontsize=8,
+        frameon=False,
     )
     figure.savefig(path, dpi=160)

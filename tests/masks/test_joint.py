@@ -65,6 +65,14 @@ def test_project_is_keep_best(rows: int, width: int, percent: int, scope: Scope,
         assert torch.equal(project(scores, NM(1, 3)), keep_best(scores, NM(1, 3)))
 
 
+@every_pattern
+def test_project_sorts_nothing_where_no_scores_are_tied(pattern: Pattern, monkeypatch: pytest.MonkeyPatch):
+    scores = torch.rand(6, 40, generator=torch.Generator().manual_seed(0))
+    expected = keep_best(scores, pattern)
+    monkeypatch.delattr(joint, "keep_best")
+    assert torch.equal(project(scores, pattern), expected)
+
+
 def textbook_admm(dense: Tensor, matrix: Tensor, pattern: Pattern, rho: float) -> tuple[Tensor, Tensor]:
     """ALPS as its authors write it, with W, D and V, and with our schedule of ρ."""
     identity = torch.eye(len(matrix), dtype=matrix.dtype)

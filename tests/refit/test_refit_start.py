@@ -37,6 +37,15 @@ def test_the_optimum_needs_no_step_and_near_it_few_are_needed():
     assert near.steps < cold.steps
 
 
+def test_never_worse_than_the_masked_weights_however_bad_the_start():
+    gram, weight, mask = make_layer(7, 24, decay=1.0)
+    reference = Reference(gram, weight, mask, damping=0.01)
+    hurried = ConjugateGradients("masked_inverse", max_steps=1)
+    solution = refit(gram, weight, mask, start=-1e3 * weight, damping=0.01, solver=hurried)
+    assert solution.status is Status.STEP_LIMIT
+    assert (reference.gap(solution.weight) <= reference.gain).all()
+
+
 def test_chunks_take_their_own_part_of_the_start(chunked: None):
     gram, weight, mask = make_layer(7, 24)
     cold = refit(gram, weight, mask, damping=0.01, solver=SOLVER)

@@ -18,7 +18,8 @@ from trimfit.errors import InputError
 from trimfit.evaluate import Score, score_text
 from trimfit.pipelines import Observer, PruneConfig, PruneReport, prune, save_pruned
 
-SELECTORS = ("wanda", "sparsegpt")
+# OPTIMA's protocol, and what `trimfit prune` does by default.
+SELECTORS: dict[str, dict[str, str]] = {"wanda": {"target": "layer"}, "joint": {}}
 PATTERNS: tuple[tuple[str, dict[str, float | str]], ...] = (
     ("50 %", {"sparsity": 0.5}),
     ("2:4", {"pattern": "2:4"}),
@@ -74,10 +75,11 @@ def run_demo(out: Path, observer: Observer, device: torch.device) -> Iterator[De
 
     best: tuple[float, PruneReport, dict[str, torch.Tensor]] | None = None
     for label, pattern in PATTERNS:
-        for selector in SELECTORS:
+        for selector, options in SELECTORS.items():
             for refit in ("none", "optimal"):
                 model.load_state_dict(dense)
-                config = PruneConfig.model_validate({"selector": selector, "refit": refit, "batch_size": 4, **pattern})
+                asked = {"selector": selector, "refit": refit, "batch_size": 4, **options, **pattern}
+                config = PruneConfig.model_validate(asked)
                 start = time.perf_counter()
                 report = prune(model, windows, config, observer=observer)
                 row = _row(model, tokenizer, documents, label, report, time.perf_counter() - start)

@@ -7,8 +7,9 @@
 Both packages compress a float32 copy of the model on the same tensor of windows, all of them fitted on. llm-compressor
 runs its sequential pipeline, as it does when left alone: one decoder block at a time, statistics of all layers of a
 block from one pass before any of them changes, the next block on outputs of the compressed one. That is
-`capture="block"` here. Its other defaults are ours or are set: block size 128, damping 0.01, no refit. A Wanda row
-loses ⌊s·in⌋ weights there, exactly s on average here; the rows "its counts" prune as many as it does.
+`capture="block"` here. Its other defaults are ours or are set: block size 128, damping 0.01, no refit. It rounds the
+number of weights to prune down in each row (Wanda), or down and then up by one in each block of columns (SparseGPT);
+trimfit prunes exactly s of the layer. The rows "its counts" prune as many as it does.
 
 GPTQ is on the asymmetric grid that trimfit fits to each layer. Left alone it takes scales from the range of a group and
 orders columns by activation ("static"). Ours is that of quantize_table.py. Prints Markdown tables.
@@ -24,6 +25,7 @@ from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -92,7 +94,24 @@ def our_pruner(selector: str, pattern: dict[str, Any]) -> Compress:
         batch_size=BATCH,
         **pattern,
     )
-    return lambda model, windows: void(trimfit.prune(model, windows, config))
+
+    def compress(model: PreTrainedModel, windows: Tensor) -> None:
+        trimfit.prune(model, windows, config)
+
+    return compress
+
+
+def sparsegpt_with_their_counts(pattern: dict[str, Any]) -> Compress:
+    """Our SparseGPT, with ⌊s·out·columns⌋ + 1 weights pruned in each block of columns, as llm-compressor does."""
+
+    def counts(_: object, shape: tuple[int, int], start: int, stop: int) -> Tensor:
+        return torch.tensor([int(shape[0] * (stop - start) * pattern["sparsity"]) + 1])
+
+    def compress(model: PreTrainedModel, windows: Tensor) -> None:
+        with mock.patch("trimfit.masks.sparsegpt.prune_counts", counts):
+            our_pruner("sparsegpt", pattern)(model, windows)
+
+    return compress
 
 
 def wanda_with_their_counts(sparsity: float) -> Compress:
@@ -112,8 +131,8 @@ def wanda_with_their_counts(sparsity: float) -> Compress:
     return compress
 
 
-def their_gptq(bits: int, group_size: int, **options: Any) -> Compress:
-    """`options`: `actorder` of the modifier and `observer` of the weights, where they are not to be the defaults."""
+def their_gptq(bits: int, group_size: int, observer: str | None = None, **order: Any) -> Compress:
+    """`observer` places scales, by their range where None; `order` is `actorder`, where it is not to be "static"."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor.modifiers.gptq import GPTQModifier
 
@@ -122,22 +141,18 @@ def their_gptq(bits: int, group_size: int, **options: Any) -> Compress:
         for layer in (layer for block in find_blocks(model) for layer in block.layers):
             width = layer.weight.shape[1]
             names.setdefault(Grid(bits, group_size).fitted(width).group_size or width, []).append(layer.name)
-        observer = {"observer": options["observer"]} if "observer" in options else {}
-        order = {"actorder": options["actorder"]} if "actorder" in options else {}
         groups = {
             f"group_{size}": QuantizationScheme(
                 targets=targets,
-                weights=QuantizationArgs(num_bits=bits, symmetric=False, strategy="group", group_size=size, **observer),
+                weights=QuantizationArgs(
+                    num_bits=bits, symmetric=False, strategy="group", group_size=size, observer=observer
+                ),
             )
             for size, targets in names.items()
         }
         oneshot(model, windows, GPTQModifier(config_groups=groups, ignore=[HEAD], dampening_frac=DAMPING, **order))
 
     return compress
-
-
-def void(_: object) -> None:
-    """Drops a result."""
 
 
 class Bench:
@@ -174,6 +189,8 @@ def prune_cells(bench: Bench, windows: Sequence[Tensor], patterns: Sequence[str]
         pattern = PATTERNS[label]
         for selector in ("sparsegpt", "wanda"):
             ours = {selector: our_pruner(selector, pattern)}
+            if selector == "sparsegpt" and "sparsity" in pattern:
+                ours["sparsegpt, its counts"] = sparsegpt_with_their_counts(pattern)
             if selector == "wanda" and not bench.divides(pattern.get("sparsity", 0)):
                 ours["wanda, its counts"] = wanda_with_their_counts(pattern["sparsity"])
             for seed, tokens in enumerate(windows):
@@ -218,10 +235,8 @@ def gptq_cells(bench: Bench, windows: Sequence[Tensor], bits: Sequence[int], gro
 
 
 def prune_table(cells: list[dict[str, Any]]) -> str:
-    lines = [
-        "| method | pattern | llm-compressor | trimfit | difference | zeros, theirs / ours | same mask |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    heads = "method | pattern | llm-compressor | trimfit | difference | zeros, theirs / ours | same mask"
+    lines = [f"| {heads} |", "|---|---|---|---|---|---|---|"]
     for key in dict.fromkeys((cell["method"], cell["pattern"]) for cell in cells):
         found = [cell for cell in cells if (cell["method"], cell["pattern"]) == key]
         differences = [100 * (cell["ours"] / cell["theirs"] - 1) for cell in found]
@@ -253,9 +268,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", required=True)
-    parser.add_argument(
-        "--skip", type=float, default=0.0, help="share of the text's documents, from its start, to skip"
-    )
+    parser.add_argument("--skip", type=float, default=0.0, help="share of the text's documents to skip at its start")
     parser.add_argument("--characters", type=int, help="of each document to score, from its middle")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=256)

@@ -50,7 +50,7 @@ def main() -> None:
             source=arguments.calibration, samples=arguments.samples, sequence_length=length, seed=seed
         )
         model.load_state_dict(dense_state)
-        options = {"selector": selector, "sparsity": sparsity, "allocation": method}
+        options = {"selector": selector, "sparsity": sparsity, "allocation": method, "target": "layer", "guard": False}
         config = trimfit.PruneConfig.model_validate(options)
         trimfit.prune(model, calibration.windows(tokenizer, model), config)
         nats = score_text(model, tokenizer, texts, length=length).nats - dense.nats

@@ -47,6 +47,8 @@ VARIANTS = (
     ("joint", "none"),
     ("joint", "optimal"),
 )
+# The paper's protocol: every layer at the same sparsity, its own outputs as the target, rows that count the same.
+PLAIN = {"target": "layer", "allocation": "uniform", "row_weights": "equal", "guard": False}
 UPDATE = {"none": "none", "own": "own", "optimal": "optimal refit"}
 
 
@@ -88,7 +90,7 @@ def main() -> None:
         model.load_state_dict(dense_state)
         start = time.perf_counter()
         config = trimfit.PruneConfig.model_validate(
-            {"selector": selector, "refit": update, "ignore": indivisible(model, pattern), **pattern}
+            {"selector": selector, "refit": update, "ignore": indivisible(model, pattern), **PLAIN, **pattern}
         )
         report = trimfit.prune(model, windows, config)
         seconds = time.perf_counter() - start

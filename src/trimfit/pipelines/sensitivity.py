@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from trimfit.errors import InputError
 from trimfit.models import Layer, evaluation_mode
 
-TOKENS = 2048  # about as many are looked at for one number for each layer
+TOKENS = 1024  # about as many are looked at for one number for each layer
 NOISE = 0.1  # of the root mean square of a layer's outputs: of the order of the errors that pruning makes
 
 

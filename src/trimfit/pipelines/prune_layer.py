@@ -51,7 +51,14 @@ def prune_layer(layer: Layer, block: int, inputs: Inputs, config: PruneConfig, p
             candidates = {"own": selection.weight, **candidates}
         if config.refit == "optimal":
             target = goal.linear_term(inputs.factored)
-            solution = refit(inputs.factored, dense, selection.mask, target=target, solver=config.make_solver())
+            solution = refit(
+                inputs.factored,
+                dense,
+                selection.mask,
+                target=target,
+                solver=config.make_solver(),
+                start=selection.weight,
+            )
             candidates = {"optimal": solution.weight, **candidates}
     accepted = _accepted(candidates, dense, inputs.held_out, config)
     if accepted != config.refit:

@@ -1,4 +1,4 @@
-"""Which layers add to the residual stream, found by running a block, and how far that stream and inputs have drifted."""
+"""Which layers add to the residual stream, found by running a block; how far that stream and inputs have drifted."""
 
 from typing import Any
 

@@ -5,6 +5,8 @@
 
 - `best`: joint masks with an allocation by measured cost, refit, target "dense": the defaults of `trimfit prune`.
 - `best, self`: the same on windows that the model itself wrote.
+- `layer target`, `all of the way`, `uniform`, `equal rows`: the best with one part changed: the target, `dense_share=1`,
+  the allocation, the weights of rows of Q and K. Run when named in --methods.
 - `OPTIMA`: Wanda's mask per row, optimal refit, target "layer".
 - `SparseGPT`: its own mask and update, per layer.
 - `ALPS`: ADMM with its own schedule, per layer, and 10 steps of conjugate gradients (benchmarks/alps.py).
@@ -36,10 +38,15 @@ PLAIN: dict[str, Any] = {"target": "layer", "guard": False}
 METHODS: dict[str, dict[str, Any]] = {
     "best": {},
     "best, self": {},
+    "layer target": {"target": "layer"},
+    "all of the way": {"dense_share": 1.0},
+    "uniform": {"allocation": "uniform"},
+    "equal rows": {"row_weights": "equal"},
     "OPTIMA": {"selector": "wanda", **PLAIN},
     "SparseGPT": {"selector": "sparsegpt", "refit": "own", **PLAIN},
     "ALPS": {"selector": "alps", "refit": "own", **PLAIN},
 }
+DEFAULT = ["best", "best, self", "OPTIMA", "SparseGPT", "ALPS"]
 
 
 def main() -> None:
@@ -53,7 +60,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--patterns", nargs="*", default=list(PATTERNS))
-    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--methods", nargs="*", default=DEFAULT)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
@@ -81,7 +88,7 @@ def main() -> None:
             model.load_state_dict(dense_state)
             pattern = PATTERNS[label]
             config = trimfit.PruneConfig.model_validate(
-                {"ignore": indivisible(model, pattern), **METHODS[method], **pattern}
+                {"ignore": indivisible(model, pattern), **_possible(METHODS[method], pattern), **pattern}
             )
             start = time.perf_counter()
             trimfit.prune(model, windows["self" if method.endswith("self") else arguments.calibration], config)
@@ -99,6 +106,11 @@ def main() -> None:
     print(tables(cells))
     if arguments.json:
         arguments.json.write_text(json.dumps({"dense": dense.perplexity, "cells": cells}, indent=1))
+
+
+def _possible(options: dict[str, Any], pattern: dict[str, Any]) -> dict[str, Any]:
+    """N:M leaves nothing to allocate."""
+    return {name: value for name, value in options.items() if name != "allocation" or "sparsity" in pattern}
 
 
 def tables(cells: list[dict[str, Any]]) -> str:

@@ -5,8 +5,8 @@
 
 - `best`: joint masks with an allocation by measured cost, refit, target "dense": the defaults of `trimfit prune`.
 - `best, self`: the same on windows that the model itself wrote.
-- `layer target`, `all of the way`, `uniform`, `equal rows`: the best with one part changed: the target, `dense_share=1`,
-  the allocation, the weights of rows of Q and K. Run when named in --methods.
+- `layer target`, `all of the way`, `uniform`, `equal rows`: the best with one part changed: the target,
+  `dense_share=1`, the allocation, the weights of rows of Q and K. Run when named in --methods.
 - `OPTIMA`: Wanda's mask per row, optimal refit, target "layer".
 - `SparseGPT`: its own mask and update, per layer.
 - `ALPS`: ADMM with its own schedule, per layer, and 10 steps of conjugate gradients (benchmarks/alps.py).

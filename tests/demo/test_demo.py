@@ -17,7 +17,7 @@ from trimfit.cli import show
 from trimfit.demo.run import NEW_TOKENS, PROMPT, DemoRow, run_demo
 from trimfit.pipelines.observer import Silent
 
-PAIRS = [("wanda", "50 %"), ("joint", "50 %"), ("wanda", "2:4"), ("joint", "2:4")]
+PAIRS = [("wanda", "50 %"), ("sparsegpt", "50 %"), ("wanda", "2:4"), ("sparsegpt", "2:4")]
 CPU = torch.device("cpu")
 
 
@@ -45,7 +45,7 @@ def pair(rows: list[dict[str, Any]], selector: str, pattern: str) -> tuple[dict[
 
 def best_at_half(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return min(
-        (pair(rows, selector, "50 %")[1] for selector in ("wanda", "joint")), key=lambda r: r["score"]["nats"]
+        (pair(rows, selector, "50 %")[1] for selector in ("wanda", "sparsegpt")), key=lambda r: r["score"]["nats"]
     )
 
 

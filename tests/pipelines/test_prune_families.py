@@ -10,7 +10,7 @@ from trimfit import PruneConfig, prune
 @for_each(EVERYTHING)
 def test_half_of_every_layer_and_nothing_else(family: Family):
     model, dense = family.build(), family.build()
-    report = prune(model, windows(8), PruneConfig(sparsity=0.5, guard=False))
+    report = prune(model, windows(8), PruneConfig(sparsity=0.5, allocation="uniform", guard=False))
 
     blocks = model.config.num_hidden_layers
     names = [f"{family.stack}.{i}.{name}" for i in range(blocks) for group in family.groups for name in group]
@@ -44,7 +44,7 @@ def test_half_of_every_layer_and_nothing_else(family: Family):
         assert record.worst_row is not None and record.certificate <= record.worst_row <= 1e-4
         assert (record.status, record.damping) == ("optimal", 0.01)
         assert record.solver in ("Cholesky", "ConjugateGradients")
-        assert record.steps is not None and record.steps >= 1
+        assert record.steps is not None and record.steps >= 0
         assert record.seconds > 0
         assert record.peak_memory > 2**20
 

@@ -112,6 +112,13 @@ def prune(report: PruneReport, calibration: str, out: Path, *, as_json: bool) ->
             f"of its optimum (gap / gain over the mask), at most {report.steps} solver steps"
             + (f"; {unfinished} layers did not reach the tolerance" if unfinished else "")
         )
+    simpler = [record.name for record in report.layers if record.accepted != config.refit]
+    if simpler:
+        console.print(
+            f"{len(simpler)} layers keep simpler weights, which on held-out windows are nearer to the target than "
+            f"{'the refit' if config.refit == 'optimal' else 'the update'}: {', '.join(simpler[:3])}"
+            + (", …" if len(simpler) > 3 else "")
+        )
     console.print(f"{report.seconds:.1f} s, peak memory {report.peak_memory / 2**20:.0f} MiB")
     console.print(
         f"written to {out} (plain transformers loads it; records in {out}/trimfit.json)", soft_wrap=True, markup=False

@@ -1,6 +1,5 @@
 """One layer: mask, refit, and whether the refit holds on tokens that it has not seen."""
 
-import logging
 import time
 from dataclasses import dataclass
 
@@ -17,8 +16,6 @@ from trimfit.pipelines.layer_error import LayerErrorMeter
 from trimfit.pipelines.records import Accepted, LayerRecord, peak_memory
 from trimfit.pipelines.row_weights import usable
 from trimfit.refit import FactoredGram, RefitSolution, refit
-
-log = logging.getLogger(__name__)
 
 _CLEARLY = 0.01  # nearer by this share: a selector's own weights may be the optimum too, but for rounding
 
@@ -61,9 +58,7 @@ def prune_layer(layer: Layer, block: int, inputs: Inputs, config: PruneConfig, p
             )
             candidates = {"optimal": solution.weight, **candidates}
     accepted = _accepted(candidates, dense, inputs.held_out, config)
-    if accepted != config.refit:
-        better = "the masked weights" if accepted == "none" else "the selector's own weights"
-        log.warning("%s keeps %s: on held-out windows they are nearer to the target", layer.name, better)
+    if accepted != "optimal":
         solution = None
     weight = candidates[accepted]
     layer.write(weight)

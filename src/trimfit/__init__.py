@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from trimfit.calibration import CalibrationConfig
     from trimfit.checkpoints import load_checkpoint
     from trimfit.checkpoints.load import load
-    from trimfit.evaluate import Score, perplexity, score_text
+    from trimfit.evaluate import Score, TaskScore, evaluate_tasks, perplexity, score_text
     from trimfit.pipelines import (
         CompareConfig,
         Comparison,
@@ -55,7 +55,9 @@ _HOME = {
     "RefitSolution": "trimfit.refit",
     "Score": "trimfit.evaluate",
     "Status": "trimfit.refit",
+    "TaskScore": "trimfit.evaluate",
     "compare": "trimfit.pipelines",
+    "evaluate_tasks": "trimfit.evaluate",
     "load": "trimfit.checkpoints.load",
     "load_checkpoint": "trimfit.checkpoints",
     "perplexity": "trimfit.evaluate",
@@ -84,8 +86,10 @@ __all__ = [
     "RunError",
     "Score",
     "Status",
+    "TaskScore",
     "TrimfitError",
     "compare",
+    "evaluate_tasks",
     "load",
     "load_checkpoint",
     "perplexity",

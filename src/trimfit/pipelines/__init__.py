@@ -18,4 +18,3 @@ from trimfit.pipelines.quantize_records import QuantizeReport as QuantizeReport
 from trimfit.pipelines.records import LayerError as LayerError
 from trimfit.pipelines.records import LayerRecord as LayerRecord
 from trimfit.pipelines.records import PruneReport as PruneReport
-from trimfit.pipelines.score import score_checkpoint as score_checkpoint

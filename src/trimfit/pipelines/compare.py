@@ -49,7 +49,7 @@ def compare(
       `comparison.json` and, with matplotlib, plots. With the journal of an interrupted run in it, finished cells are
       taken from there; more axes or seeds than before may be asked for. Cells that failed are tried again.
     - `config`, `calibration`: the grid; and the windows, whose seeds are `calibration.seed` and those after it.
-    - `text`, `field`, `split`, `window`: what is scored, as for `score_checkpoint`; `tasks`: as for `evaluate_tasks`.
+    - `text`, `field`, `split`, `window`: what is scored, as for `trimfit eval`; `tasks`: as for `evaluate_tasks`.
     - `limit`: the most windows of the text, and the most examples of each task.
     - `device`, `observer`: where to work (the CPU when None), and who is told of the progress.
 

@@ -39,11 +39,12 @@ def evaluate_checkpoint(
 
     **Arguments**
 
-    - `text`, `field`, `split`, `window`: what to predict, as for `score_checkpoint`.
+    - `text`, `field`, `split`, `window`: what to predict; "demo" is the standard-library modules kept aside.
+      `window` is capped by the model's context, which it is when None, but at most 2048.
     - `tasks`, `batch_size`, `seed`: as for `evaluate_tasks`.
     - `limit`: the most windows of the text, and the most examples of each task.
 
-    Raises `InputError` when there is neither a text nor a task, and as those two functions do.
+    Raises `InputError` when there is neither a text nor a task, and as `evaluate_tasks` and `score_text` do.
     """
     if text is None and not tasks:
         raise InputError("there is nothing to evaluate: give --text, --tasks or both; see trimfit eval --help")

@@ -10,7 +10,7 @@ from trimfit import PruneConfig, prune
 @for_each(EVERYTHING)
 def test_half_of_every_layer_and_nothing_else(family: Family):
     model, dense = family.build(), family.build()
-    report = prune(model, windows(8), PruneConfig(sparsity=0.5, allocation="uniform", guard=False))
+    report = prune(model, windows(8), PruneConfig(sparsity=0.5, selector="sparsegpt", target="layer", guard=False))
 
     blocks = model.config.num_hidden_layers
     names = [f"{family.stack}.{i}.{name}" for i in range(blocks) for group in family.groups for name in group]
@@ -36,7 +36,7 @@ def test_half_of_every_layer_and_nothing_else(family: Family):
         assert record.block == int(record.name.removeprefix(f"{family.stack}.").partition(".")[0])
         assert record.shape == tuple(matrix(model.get_submodule(record.name)).shape)
         assert record.sparsity == 0.5
-        assert 0 < record.final.calibration < 1 and 0 < record.masked.calibration < 1
+        assert 0 < record.final.calibration < record.masked.calibration < 1
         assert record.accepted == "optimal"
         assert record.final.held_out is not None and record.final.held_out > 0
         assert record.stored.calibration == pytest.approx(record.final.calibration)
@@ -44,9 +44,32 @@ def test_half_of_every_layer_and_nothing_else(family: Family):
         assert record.worst_row is not None and record.certificate <= record.worst_row <= 1e-4
         assert (record.status, record.damping) == ("optimal", 0.01)
         assert record.solver in ("Cholesky", "ConjugateGradients")
-        assert record.steps is not None and record.steps >= 0
+        assert record.steps is not None and record.steps >= 1
         assert record.seconds > 0
         assert record.peak_memory > 2**20
+
+
+@for_each(EVERYTHING)
+def test_half_of_the_model_by_default(family: Family):
+    """Joint masks, the dense target, layers that share the sparsity unevenly: exact in total; all else stays."""
+    model, dense = family.build(), family.build()
+    report = prune(model, windows(8), PruneConfig(sparsity=0.5))
+    weights = {f"{record.name}.weight" for record in report.layers}
+    assert {name.partition(f"{family.stack}.")[2].partition(".")[2] for name in weights} == {
+        f"{name}.weight" for name in family.layers
+    }
+    after, zeros = model.state_dict(), 0
+    for name, tensor in dense.state_dict().items():
+        if name in weights:
+            zeros += int((after[name] == 0).sum())
+        else:
+            assert torch.equal(after[name], tensor), name
+    assert zeros == sum(after[name].numel() for name in weights) // 2
+    with torch.no_grad():
+        assert torch.isfinite(model(input_ids=windows(2)).logits).all()
+    for record in report.layers:
+        assert (record.certificate is None) == (record.accepted != "optimal")
+        assert record.certificate is None or 0 <= record.certificate <= 1e-4
 
 
 @for_each(FAMILIES)

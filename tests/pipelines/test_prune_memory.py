@@ -79,7 +79,8 @@ def test_one_group_at_a_time(monkeypatch: pytest.MonkeyPatch, refit: str):
     assert left == [0] * (2 * 4 * 2)  # blocks, groups, sets of windows
 
 
-def test_one_gram_matrix_in_float64_serves_a_group(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("selector", "walks"), [("sparsegpt", 1), ("joint", 2)])  # one more to measure costs
+def test_one_gram_matrix_in_float64_serves_a_group(monkeypatch: pytest.MonkeyPatch, selector: str, walks: int):
     made: list[int] = []
     plain = FactoredGram.__init__
 
@@ -88,6 +89,6 @@ def test_one_gram_matrix_in_float64_serves_a_group(monkeypatch: pytest.MonkeyPat
         plain(self, *arguments, **keywords)
 
     monkeypatch.setattr(FactoredGram, "__init__", init)
-    prune(FAMILIES["llama"].build(), windows(8), PruneConfig(selector="sparsegpt"))
-    assert len(made) == 2 * 4
+    prune(FAMILIES["llama"].build(), windows(8), PruneConfig(selector=selector))
+    assert len(made) == walks * 2 * 4
     assert torch.is_grad_enabled()

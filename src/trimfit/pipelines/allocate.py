@@ -110,17 +110,15 @@ def _costs(
     model: PreTrainedModel, blocks: Sequence[Block], windows: Tensor, damping: float, batch_size: int
 ) -> dict[str, Tensor]:
     """(STEPS + 1,) estimated nats per token of each layer, by the share of its weights that is pruned."""
-    layers = [layer for block in blocks for layer in block.layers]
-    sensitivities = output_sensitivities(model, layers, windows)
     walker = Walker(model, blocks, {"all": windows}, batch_size)
-    costs: dict[str, Tensor] = {}
+    losses: dict[str, Tensor] = {}
     for block in walker:
         inputs = _grams(walker, block, damping)
         for layer in block.layers:
             gram = inputs[layer.name]
-            energy = gram.energy(layer.weight.float()).item()
-            costs[layer.name] = loss_curve(layer.weight, gram) * energy * sensitivities[layer.name]
-    return costs
+            losses[layer.name] = loss_curve(layer.weight, gram) * gram.energy(layer.weight.float()).item()
+    sensitivities = output_sensitivities(model, [layer for block in blocks for layer in block.layers], windows)
+    return {name: loss * sensitivities[name] for name, loss in losses.items()}
 
 
 def _grams(walker: Walker, block: Block, damping: float) -> dict[str, FactoredGram]:

@@ -36,7 +36,7 @@ def walk(model: PreTrainedModel, batch_size: int = 2, ignore: Sequence[str] = ()
 
 def standing_before(walker: Walker, name: str) -> Tensor:
     """The hidden states (windows, length, n) that the walker holds."""
-    return torch.cat(walker._hidden[name])
+    return torch.cat([kept.get() for kept in walker._hidden[name]])
 
 
 @for_each(EVERYTHING)
@@ -223,7 +223,7 @@ def test_only_hidden_states_are_held():
     walker = walk(model)
     for block in walker:
         walker.grams(block, walker.groups(block), "fit")
-        held = [tensor for batches in walker._hidden.values() for tensor in batches]
+        held = [kept.get() for batches in walker._hidden.values() for kept in batches]
         assert sum(tensor.nbytes for tensor in held) == (5 + 3) * LENGTH * 32 * 4
         # What is replayed is what a batch shares: masks and positions, no hidden states.
         replayed = [t for calls in walker._calls.values() for call in calls for t in _tensors(vars(call))]

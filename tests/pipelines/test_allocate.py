@@ -1,15 +1,18 @@
 """What `allocate` measures, against plain forward passes of tiny models."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from families import ALL_FAMILIES, FAMILIES, LENGTH, Family, for_each, matrix, plain_grams, windows
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from trimfit.masks.allocation import STEPS
-from trimfit.models import find_blocks, select_layers
+from trimfit.models import Block, Walker, find_blocks, select_layers
 from trimfit.pipelines.allocate import Allocation, AllocationName, allocate
 from trimfit.pipelines.sensitivity import TOKENS as LOOKED_AT
-from trimfit.pipelines.sensitivity import output_sensitivities
+from trimfit.pipelines.sensitivity import Probe, looked_at
 
 TOKENS = windows(4)
 
@@ -18,6 +21,14 @@ def run(family: Family, method: AllocationName, sparsity: float = 0.6, ignore: t
     model = family.build()
     blocks = select_layers(model, find_blocks(model), ignore)
     return allocate(model, blocks, TOKENS, method=method, sparsity=sparsity, batch_size=2)
+
+
+def sensitivities(model: PreTrainedModel, blocks: Sequence[Block], tokens: Tensor) -> dict[str, float]:
+    walker = Walker(model, blocks, {"few": looked_at(tokens)}, to_the_end=True)
+    probe = Probe(walker, "few")
+    for block in walker:
+        probe.disturb(block)
+    return probe.sensitivities()
 
 
 @for_each({name: ALL_FAMILIES[name] for name in (*FAMILIES, "cohere", "gptj")})
@@ -82,10 +93,10 @@ def test_ignored_layers_have_no_budget():
 def test_sensitivities_are_those_of_changes_in_the_output(name: str):
     """The mean over every output at every token, changed on its own: what white noise comes to on average."""
     model = FAMILIES[name].build()
-    layers = [layer for block in find_blocks(model) for layer in block.layers]
+    blocks = find_blocks(model)
     tokens = windows(12)[:, :12]
-    layer = next(layer for layer in layers if layer.name.endswith(("o_proj", "attn.c_proj")))
-    found = output_sensitivities(model, [layer], tokens)[layer.name]
+    layer = next(layer for layer in blocks[0].layers if layer.name.endswith(("o_proj", "attn.c_proj")))
+    found = sensitivities(model, blocks, tokens)[layer.name]
     size = 0.01
     costs = []
     for position in range(tokens.shape[1]):
@@ -115,15 +126,15 @@ def test_the_cost_of_a_block_is_that_of_its_layers_alone():
     gram = plain_grams(model, TOKENS, [name])[name]
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     losses = (matrix(model.get_submodule(name)).double().square() / damped.inverse().diagonal()).flatten().sort().values
-    sensitivity = output_sensitivities(model, blocks[0].layers, TOKENS)[name]
+    sensitivity = sensitivities(model, blocks, TOKENS)[name]
     assert len(losses) % STEPS != 0
     assert budget.cost == pytest.approx(losses[: len(losses) // 2].sum().item() * sensitivity, rel=1e-3)
 
 
 def test_only_so_many_tokens_are_looked_at():
     model = FAMILIES["llama"].build()
-    layers = find_blocks(model)[0].layers[:1]
+    blocks = find_blocks(model)
     enough = LOOKED_AT // LENGTH
     many = windows(enough + 1)
-    assert output_sensitivities(model, layers, many) == output_sensitivities(model, layers, many[:enough])
-    assert output_sensitivities(model, layers, many) != output_sensitivities(model, layers, many[1:])
+    assert sensitivities(model, blocks, many) == sensitivities(model, blocks, many[:enough])
+    assert sensitivities(model, blocks, many) != sensitivities(model, blocks, many[1:])

@@ -13,6 +13,8 @@ from trimfit.models.groups import Group as Group
 from trimfit.models.heads import QueryKey as QueryKey
 from trimfit.models.heads import find_query_key as find_query_key
 from trimfit.models.mode import evaluation_mode as evaluation_mode
+from trimfit.models.placement import IN_MEMORY as IN_MEMORY
+from trimfit.models.placement import Placement as Placement
 from trimfit.models.structure import Block as Block
 from trimfit.models.structure import Layer as Layer
 from trimfit.models.structure import find_blocks as find_blocks

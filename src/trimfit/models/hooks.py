@@ -1,4 +1,4 @@
-"""Hooks that live as long as a context, and the way to end a forward pass early."""
+"""Hooks and stand-ins that live as long as a context, and the way to end a forward pass early."""
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,3 +27,21 @@ def after(pairs: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Generator[No
         for module, hook in pairs:
             stack.callback(module.register_forward_hook(hook).remove)
         yield
+
+
+@contextmanager
+def instead(pairs: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Generator[None]:
+    """Functions that run in place of the modules' own `forward`, with the same arguments."""
+    with ExitStack() as stack:
+        for module, function in pairs:
+            stack.callback(_restore, module, vars(module).get("forward"))
+            vars(module)["forward"] = function
+        yield
+
+
+def _restore(module: nn.Module, own: Callable[..., Any] | None) -> None:
+    """`own` is a forward that was there for this module alone."""
+    if own is None:
+        del vars(module)["forward"]
+    else:
+        vars(module)["forward"] = own

@@ -1,8 +1,4 @@
-"""Walks a model block by block over calibration windows, holding one block's hidden states and nothing more.
-
-Block inputs are caught by hooks, and every other argument is replayed verbatim, per block: no argument of any
-family is known by name, but for the hidden states.
-"""
+"""Walks a model block by block over calibration windows, holding one block's hidden states and nothing more."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -17,25 +13,15 @@ from transformers import PreTrainedModel
 
 from trimfit.calibration import Drifted, InputMoments, MomentSum
 from trimfit.errors import InputError
+from trimfit.models.calls import Call, Chain
 from trimfit.models.groups import Group, find_groups
 from trimfit.models.hooks import Stop, after, before
 from trimfit.models.mode import evaluation_mode
+from trimfit.models.placement import IN_MEMORY, Placement
+from trimfit.models.states import Kept, StateStore
 from trimfit.models.structure import Block, Layer
 
-
-@dataclass
-class _Call:
-    """How a block is called: everything but the hidden states."""
-
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-
-    def run(self, module: nn.Module, hidden: Tensor) -> Tensor:
-        if "hidden_states" in self.keywords:
-            output = module(*self.arguments, **{**self.keywords, "hidden_states": hidden})
-        else:
-            output = module(hidden, *self.arguments, **self.keywords)
-        return _states(output)
+_Streams = dict[str, list[Kept]]
 
 
 @dataclass
@@ -57,6 +43,10 @@ class Walker:
     - `batch_size`: windows in one forward pass.
     - `dense`: also follow the dense model: a second stream of hidden states, through a copy of each block made before
       the block changes.
+    - `placement`: where weights come from and hidden states wait; all in memory by default.
+    - `to_the_end`: also moves the hidden states through the last block, for `logits`.
+    - `frozen`: the model does not change; what a block gives for a batch is then kept when its moments are asked for,
+      once for all of its groups.
 
     Raises `InputError` when the blocks, called one after the other, do not give what the model gives, when a layer
     of `blocks` receives no input, and when hidden states are not finite.
@@ -67,10 +57,16 @@ class Walker:
     windows: dict[str, Tensor]
     batch_size: int = 8
     dense: bool = False
-    _hidden: dict[str, list[Tensor]] = field(init=False, default_factory=dict[str, list[Tensor]])
-    _dense_hidden: dict[str, list[Tensor]] = field(init=False, default_factory=dict[str, list[Tensor]])
+    placement: Placement = IN_MEMORY
+    to_the_end: bool = False
+    frozen: bool = False
+    _store: StateStore = field(init=False, default_factory=StateStore)
+    _hidden: _Streams = field(init=False, default_factory=_Streams)
+    _dense_hidden: _Streams = field(init=False, default_factory=_Streams)
+    _given: dict[tuple[str, int], Kept] = field(init=False, default_factory=dict[tuple[str, int], Kept])
+    _branched: _Streams = field(init=False, default_factory=_Streams)
     _dense_block: Block | None = field(init=False, default=None)
-    _calls: dict[int, list[_Call]] = field(init=False, default_factory=dict[int, list[_Call]])
+    _calls: dict[int, list[Call]] = field(init=False, default_factory=dict[int, list[Call]])
     _groups: dict[int, list[Group]] = field(init=False, default_factory=dict[int, list[Group]])
 
     def __iter__(self) -> Iterator[Block]:
@@ -78,18 +74,36 @@ class Walker:
         with torch.no_grad(), evaluation_mode(self.model):
             self._start()
             for block in self.blocks:
-                self._dense_block = _copy(block) if self.dense else None
-                yield block
-                if block is self.blocks[-1]:
-                    return
-                self._advance(block, self._hidden)
-                if self._dense_block is not None:
-                    self._advance(self._dense_block, self._dense_hidden)
+                with self.placement.loaded(block):
+                    self._dense_block = _copy(block) if self.dense else None
+                    yield block
+                    if block is self.blocks[-1] and not self.to_the_end:
+                        return
+                    self._advance(block, self._hidden)
+                    if self._dense_block is not None:
+                        self._advance(self._dense_block, self._dense_hidden)
+                self._hidden |= self._branched
+                self._branched = {}
 
-    def _advance(self, block: Block, streams: dict[str, list[Tensor]]) -> None:
-        for hidden in streams.values():
+    def _advance(self, block: Block, streams: _Streams) -> None:
+        for name, hidden in streams.items():
             for i, batch in enumerate(hidden):
-                hidden[i] = self._run(block, batch)
+                given = self._given.pop((name, i), None)
+                hidden[i] = given or self._store.keep(self._run(block, batch.get()))
+
+    def branch(self, block: Block, windows: str, name: str) -> None:
+        """Adds a stream to follow: what the block, as it now is, makes of one set of windows. `name` must be new."""
+        self._branched[name] = [self._store.keep(self._run(block, batch.get())) for batch in self._hidden[windows]]
+
+    def logits(self, name: str, windows: str) -> Iterator[Tensor]:
+        """The predictions (B, L, V), batch by batch, of a stream that has passed the last block.
+
+        `windows` is the set that it came from.
+        """
+        chain = Chain(self.model, self.blocks, self.placement.loaded)
+        with torch.no_grad(), evaluation_mode(self.model):
+            for tokens, hidden in zip(self.windows[windows].split(self.batch_size), self._hidden[name], strict=True):
+                yield chain.predict(tokens, self._on_device(hidden.get()), self._calls[len(tokens)])
 
     def groups(self, block: Block) -> list[Group]:
         """The block's layers by shared input, in the order in which a forward pass reaches them."""
@@ -107,27 +121,34 @@ class Walker:
         self, block: Block, groups: Sequence[Group], windows: str, dense_block: Block | None
     ) -> list[InputMoments]:
         sums = [MomentSum() for _ in groups]
-        for index, batch in enumerate(self._hidden[windows]):
-            seen = self._see(block, groups, batch, residual=dense_block is not None)
+        for index, kept in enumerate(self._hidden[windows]):
+            batch = self._on_device(kept.get())
+            seen, states = self._see(block, groups, batch, residual=dense_block is not None)
+            if self.frozen and states is not None:
+                self._given[windows, index] = self._store.keep(states)
             if dense_block is None:
                 for total, one in zip(sums, seen, strict=True):
                     for inputs in one.inputs:
                         total.add(inputs)
                 continue
-            dense_seen = self._see(dense_block, groups, self._dense_hidden[windows][index], residual=True)
+            dense_batch = self._on_device(self._dense_hidden[windows][index].get())
+            dense_seen, _ = self._see(dense_block, groups, dense_batch, residual=True)
             for total, one, dense in zip(sums, seen, dense_seen, strict=True):
                 for inputs, dense_inputs in zip(one.inputs, dense.inputs, strict=True):
                     total.add(inputs, Drifted(dense_inputs, one.residual, dense.residual))
         return [total.value for total in sums]
 
-    def _see(self, block: Block, groups: Sequence[Group], batch: Tensor, *, residual: bool) -> list[_Seen]:
-        """What groups see in a forward pass, which ends as soon as the last of them was reached.
+    def _see(
+        self, block: Block, groups: Sequence[Group], batch: Tensor, *, residual: bool
+    ) -> tuple[list[_Seen], Tensor | None]:
+        """What groups see in a forward pass; what the block gives, unless the pass ended with the last of them.
 
         `block` is that of the groups, or its copy.
         """
         seen = [_Seen() for _ in groups]
+        states: Tensor | None = None
         remaining = sum(group.calls for group in groups)
-        to_the_end = residual and any(group.adds_to == "output" for group in groups)
+        to_the_end = self.frozen or (residual and any(group.adds_to == "output" for group in groups))
 
         def receive(one: _Seen) -> Callable[..., None]:
             def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -159,91 +180,47 @@ class Walker:
         for group, one in zip(groups, seen, strict=True):
             if residual and group.adds_to == "input":
                 one.residual = batch
-        return seen
+        return seen, states
 
     def _run(self, block: Block, hidden: Tensor) -> Tensor:
-        return self._calls[len(hidden)][block.index].run(block.module, hidden)
+        return self._calls[len(hidden)][block.index].run(block.module, self._on_device(hidden))
+
+    def _on_device(self, hidden: Tensor) -> Tensor:
+        return hidden.to(self.model.device)
 
     def _start(self) -> None:
         """Catches what the first block receives, and how each block is called for each batch size."""
+        chain = Chain(self.model, self.blocks, self.placement.loaded)
         every = torch.cat(list(self.windows.values()))
         batches = {name: windows.split(self.batch_size) for name, windows in self.windows.items()}
-        for size in {1, *(len(batch) for name in batches for batch in batches[name])}:
-            self._calls[size], _ = self._record(every[:size])
-        self._check([every[:1], every[-1:]])
-        self._hidden = {name: [self._first_input(batch) for batch in batches[name]] for name in batches}
+        self._check(chain, [every[:1], every[-1:]])
+        for size in {len(batch) for name in batches for batch in batches[name]} - {1}:
+            self._calls[size] = chain.record(every[:size], self._calls[1])
+        self._branched, self._store = {}, self.placement.store()
+        self._hidden = {
+            name: [self._store.keep(chain.first_input(batch)) for batch in batches[name]] for name in batches
+        }
         if self.dense:
             self._dense_hidden = {name: list(hidden) for name, hidden in self._hidden.items()}
 
-    def _check(self, windows: Sequence[Tensor]) -> None:
+    def _check(self, chain: Chain, windows: Sequence[Tensor]) -> None:
         """Arguments recorded once must serve for all windows, taken through each block together. Finds the groups."""
-        expected = [self._record(window)[1] for window in windows]
-        hidden = [self._first_input(window) for window in windows]
+        (self._calls[1], first), *others = (chain.trace(window) for window in windows)
+        expected = [first, *(states for _, states in others)]
+        hidden = [chain.first_input(window) for window in windows]
         if not all(torch.isfinite(states).all() for states in expected):
             raise InputError(
                 f"the hidden states of {type(self.model).__name__} have NaN or infinite entries: the model is damaged, "
-                f"or overflows in {expected[0].dtype}"
+                f"or overflows in {first.dtype}"
             )
         for block in self.blocks:
-            self._groups[block.index] = find_groups(block, partial(self._run, block), hidden[0])
-            hidden = [self._run(block, states) for states in hidden]
+            with self.placement.loaded(block):
+                self._groups[block.index] = find_groups(block, partial(self._run, block), hidden[0])
+                hidden = [self._run(block, states) for states in hidden]
         for states, plain in zip(hidden, expected, strict=True):
             # Token by token: the few with huge activations, which language models have, must not hide the others.
             if ((states - plain).float().norm(dim=-1) > 1e-2 * plain.float().norm(dim=-1)).any():
-                raise self._unsuitable()
-
-    def _first_input(self, batch: Tensor) -> Tensor:
-        caught: list[Tensor] = []
-
-        def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            caught.append(keywords["hidden_states"] if "hidden_states" in keywords else arguments[0])
-            raise Stop
-
-        with before([(self.blocks[0].module, hook)], with_kwargs=True), suppress(Stop):
-            self._forward(batch)
-        return caught[0]
-
-    def _record(self, batch: Tensor) -> tuple[list[_Call], Tensor]:
-        """How each block is called in a forward pass of the whole model, and what the last block gives."""
-        calls: list[_Call] = []
-        outputs: list[Tensor] = []
-
-        def enter(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            if "hidden_states" in keywords:
-                calls.append(_Call(arguments, {**keywords, "hidden_states": None}))
-            elif arguments:
-                calls.append(_Call(arguments[1:], keywords))
-            else:
-                raise self._unsuitable()
-
-        def leave(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-            outputs.append(_states(output))
-            raise Stop
-
-        with (
-            before([(block.module, enter) for block in self.blocks], with_kwargs=True),
-            after([(self.blocks[-1].module, leave)]),
-            suppress(Stop),
-        ):
-            self._forward(batch)
-        # Gemma 3n has streams before the batch; others call their blocks in another order, several times or not at all.
-        if len(calls) != len(self.blocks) or not outputs or outputs[0].shape[:2] != batch.shape:
-            raise self._unsuitable()
-        return calls, outputs[0]
-
-    def _unsuitable(self) -> InputError:
-        return InputError(
-            f"the decoder blocks of {type(self.model).__name__} exchange data beside the hidden states, or are not "
-            "called one after the other, which block-by-block calibration cannot follow"
-        )
-
-    def _forward(self, batch: Tensor) -> None:
-        self.model(input_ids=batch.to(self.model.device, torch.int64), use_cache=False)
-
-
-def _states(output: Any) -> Tensor:
-    """The hidden states in what a block gives: alone, or the first of several."""
-    return output[0] if isinstance(output, tuple | list) else output
+                raise chain.unsuitable()
 
 
 def _copy(block: Block) -> Block:

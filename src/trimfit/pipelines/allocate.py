@@ -1,6 +1,6 @@
 """Splits a sparsity over a model's layers by what one pass through the dense model tells of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -9,13 +9,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimfit.masks.allocation import STEPS, by_error, by_outliers, loss_curve, outlier_ratio, uniform
-from trimfit.models import Block, Walker
+from trimfit.models import IN_MEMORY, Block, Placement, Walker
 from trimfit.pipelines.checks import naming
 from trimfit.pipelines.observer import Observer, Silent
-from trimfit.pipelines.sensitivity import output_sensitivities
+from trimfit.pipelines.sensitivity import Probe, looked_at
 from trimfit.refit import FactoredGram
 
 AllocationName = Literal["uniform", "owl", "error"]
+_DEPTH = 8  # tokens for each input: what is asked of a Gram matrix here is an order of weights, not their values
+_Walk = Iterable[tuple[Block, dict[str, FactoredGram]]]
 
 
 class BlockBudget(BaseModel):
@@ -63,6 +65,7 @@ def allocate(
     sparsity: float,
     damping: float = 0.01,
     batch_size: int = 8,
+    placement: Placement = IN_MEMORY,
     observer: Observer | None = None,
 ) -> Allocation:
     """How many weights each layer loses. Nothing is changed; the model must still be dense.
@@ -71,7 +74,7 @@ def allocate(
     - `windows`: (N, L) int64 calibration windows; "uniform" does not look at them.
     - `method`: "uniform", the same share everywhere; "owl", by blocks, less where there are many outliers; "error", by
       layers, so that the estimated cost in nats is least, which needs a forward pass for each layer, on few windows.
-    - `damping`, `batch_size`: as for `prune`.
+    - `damping`, `batch_size`: as for `prune`; `placement` as for `Walker`.
 
     Raises `InputError` as `Walker` does, and for layers so small that some would lose all their weights.
     """
@@ -82,43 +85,51 @@ def allocate(
         return _allocation(method, blocks, sizes, dict(zip(sizes, counts, strict=True)))
     (observer or Silent()).stage(f"allocating the sparsity ({method})")
     if method == "owl":
-        outliers = _outliers(model, blocks, windows, damping, batch_size)
+        walker = Walker(model, blocks, {"all": windows}, batch_size, placement=placement, frozen=True)
+        outliers = _outliers(_walk(walker, damping))
         ratios = [outliers[block.index] for block in blocks for _ in block.layers]
         counts = by_outliers(list(sizes.values()), ratios, sparsity)
         return _allocation(method, blocks, sizes, dict(zip(sizes, counts, strict=True)), outliers=outliers)
-    costs = _costs(model, blocks, windows, damping, batch_size)
+    sets = {"all": _enough(windows, blocks), "few": looked_at(windows)}
+    walker = Walker(model, blocks, sets, batch_size, placement=placement, frozen=True, to_the_end=True)
+    costs = _costs(_walk(walker, damping), Probe(walker, "few"))
     counts = by_error(list(sizes.values()), [costs[name] for name in sizes], sparsity)
     return _allocation(method, blocks, sizes, dict(zip(sizes, counts, strict=True)), costs=costs)
 
 
-def _outliers(
-    model: PreTrainedModel, blocks: Sequence[Block], windows: Tensor, damping: float, batch_size: int
-) -> dict[int, float]:
+def _outliers(inputs: _Walk) -> dict[int, float]:
     """Outlier ratio of each block that has layers."""
-    walker = Walker(model, blocks, {"all": windows}, batch_size)
-    ratios: dict[int, float] = {}
-    for block in walker:
-        inputs = _grams(walker, block, damping)
-        if inputs:
-            ratios[block.index] = outlier_ratio(
-                [layer.weight for layer in block.layers], [inputs[layer.name] for layer in block.layers]
-            )
-    return ratios
+    return {
+        block.index: outlier_ratio(
+            [layer.weight for layer in block.layers], [grams[layer.name] for layer in block.layers]
+        )
+        for block, grams in inputs
+        if block.layers
+    }
 
 
-def _costs(
-    model: PreTrainedModel, blocks: Sequence[Block], windows: Tensor, damping: float, batch_size: int
-) -> dict[str, Tensor]:
+def _costs(inputs: _Walk, probe: Probe) -> dict[str, Tensor]:
     """(STEPS + 1,) estimated nats per token of each layer, by the share of its weights that is pruned."""
-    walker = Walker(model, blocks, {"all": windows}, batch_size)
     losses: dict[str, Tensor] = {}
-    for block in walker:
-        inputs = _grams(walker, block, damping)
+    for block, grams in inputs:
+        probe.disturb(block)
         for layer in block.layers:
-            gram = inputs[layer.name]
+            gram = grams[layer.name]
             losses[layer.name] = loss_curve(layer.weight, gram) * gram.energy(layer.weight.float()).item()
-    sensitivities = output_sensitivities(model, [layer for block in blocks for layer in block.layers], windows)
+    sensitivities = probe.sensitivities()
     return {name: loss * sensitivities[name] for name, loss in losses.items()}
+
+
+def _enough(windows: Tensor, blocks: Sequence[Block]) -> Tensor:
+    """The first of the windows, with `_DEPTH` tokens for each input of the widest layer."""
+    widest = max(layer.weight.shape[1] for block in blocks for layer in block.layers)
+    return windows[: -(-_DEPTH * widest // windows.shape[1])]
+
+
+def _walk(walker: Walker, damping: float) -> _Walk:
+    """The blocks of the dense model, each with the Gram matrices of its layers' inputs."""
+    for block in walker:
+        yield block, _grams(walker, block, damping)
 
 
 def _grams(walker: Walker, block: Block, damping: float) -> dict[str, FactoredGram]:

@@ -1,0 +1,66 @@
+"""Where hidden states wait between two blocks: on a device, and in files when they are too many."""
+
+import tempfile
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Kept(Protocol):
+    """Hidden states that were put away."""
+
+    def get(self) -> Tensor:
+        """The same, on any device."""
+        ...
+
+
+class StateStore:
+    """Keeps hidden states.
+
+    - `device`: where they wait; where they were made, if None.
+    - `limit`: bytes, all together; those above it go to files, which are mapped into memory while they are used.
+    - `folder`: for these files, there already. They are removed when nothing refers to their states any more.
+    """
+
+    def __init__(self, device: torch.device | None = None, limit: int | None = None, folder: Path | None = None):
+        self._device, self._limit, self._folder = device, limit, folder
+        self._bytes = 0
+
+    def keep(self, states: Tensor) -> Kept:
+        """Puts hidden states of any shape and dtype away."""
+        if self._limit is not None and self._bytes + states.nbytes > self._limit:
+            return _InFile(states, self._folder)
+        return _InMemory(self, states if self._device is None else states.to(self._device))
+
+    def count(self, change: int) -> None:
+        """Notes bytes that are now held, or not any more."""
+        self._bytes += change
+
+
+class _InMemory:
+    def __init__(self, store: StateStore, states: Tensor):
+        self._store, self._states = store, states
+        store.count(states.nbytes)
+
+    def get(self) -> Tensor:
+        return self._states
+
+    def __del__(self) -> None:
+        self._store.count(-self._states.nbytes)
+
+
+class _InFile:
+    def __init__(self, states: Tensor, folder: Path | None):
+        self._shape, self._dtype, self._bytes = states.shape, states.dtype, states.nbytes
+        descriptor, self._path = tempfile.mkstemp(prefix="states-", dir=folder)
+        with open(descriptor, "wb") as file:
+            states.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tofile(file)
+
+    def get(self) -> Tensor:
+        mapped = torch.from_file(self._path, shared=False, size=self._bytes, dtype=torch.uint8)
+        return mapped.view(self._dtype).view(self._shape)
+
+    def __del__(self) -> None:
+        Path(self._path).unlink(missing_ok=True)

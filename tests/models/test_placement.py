@@ -1,0 +1,97 @@
+"""Hidden states on disk, walks that change nothing, and what comes behind the last block."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+from families import EVERYTHING, FAMILIES, Family, for_each, windows
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from trimfit.models import Block, Placement, Walker, find_blocks
+from trimfit.models.states import StateStore
+
+WINDOWS = {"fit": windows(5), "held_out": windows(3, seed=2)}
+
+
+def grams(walker: Walker, block: Block) -> list[Tensor]:
+    groups = walker.groups(block)
+    return [gram for name in WINDOWS for gram in walker.grams(block, groups, name)]
+
+
+@for_each(EVERYTHING)
+@torch.no_grad()
+def test_logits_are_those_of_a_plain_forward_pass(family: Family):
+    model = family.build()
+    walker = Walker(model, find_blocks(model), dict(WINDOWS), 2, to_the_end=True)
+    assert len(list(walker)) == len(find_blocks(model))
+    for name, tokens in WINDOWS.items():
+        found = torch.cat(list(walker.logits(name, name)))
+        torch.testing.assert_close(found, model(input_ids=tokens, use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_a_branch_goes_on_from_the_block_as_it_was():
+    """One block without its down projection, the others as they are."""
+    model = FAMILIES["llama"].build()
+    walker = Walker(model, find_blocks(model), dict(WINDOWS), 2, to_the_end=True)
+    weight = model.get_submodule("model.layers.0.mlp.down_proj").get_parameter("weight")
+    plain = weight.clone()
+    for block in walker:
+        if block.index == 0:
+            weight.zero_()
+            walker.branch(block, "fit", "without")
+            weight.copy_(plain)
+    expected = {"fit": model(input_ids=WINDOWS["fit"], use_cache=False).logits}
+    weight.zero_()
+    expected["without"] = model(input_ids=WINDOWS["fit"], use_cache=False).logits
+    assert not torch.allclose(expected["fit"], expected["without"])
+    for name in expected:
+        torch.testing.assert_close(torch.cat(list(walker.logits(name, "fit"))), expected[name])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
+def test_a_frozen_walk_passes_each_block_once_and_sees_the_same(name: str, monkeypatch: pytest.MonkeyPatch):
+    model = FAMILIES[name].build()
+    blocks = find_blocks(model)
+    plain = Walker(model, blocks, dict(WINDOWS), 2, to_the_end=True)
+    expected = [grams(plain, block) for block in plain]
+    frozen = Walker(model, blocks, dict(WINDOWS), 2, to_the_end=True, frozen=True)
+    passes: list[int] = []
+    handles: list[RemovableHandle] = []
+    for index, block in enumerate(frozen):
+        handles.append(block.module.register_forward_hook(lambda *_, index=index: passes.append(index)))
+        for a, b in zip(grams(frozen, block), expected[index], strict=True):
+            torch.testing.assert_close(a, b)
+    assert passes == [index for index in range(len(blocks)) for _ in range(3 + 2)]  # batches of two windows
+    for handle in handles:
+        handle.remove()
+    for name in WINDOWS:
+        for a, b in zip(frozen.logits(name, name), plain.logits(name, name), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_hidden_states_on_disk_are_the_same_bit_by_bit(tmp_path: Path, dense: bool):
+    model = FAMILIES["llama"].build().to(torch.bfloat16)
+    blocks = find_blocks(model)
+    in_memory = Walker(model, blocks, dict(WINDOWS), 2, dense=dense)
+    expected = [grams(in_memory, block) for block in in_memory]
+    placement = Placement(limit=3 * 2 * 24 * 32 * 2, folder=tmp_path)  # bytes: three of the five batches
+    walker = Walker(model, blocks, dict(WINDOWS), 2, dense=dense, placement=placement)
+    for index, block in enumerate(walker):
+        files = list(tmp_path.iterdir())
+        assert len(files) == (5 - 3) + (5 if dense and index > 0 else 0)  # the streams are one before the first block
+        assert all(torch.equal(a, b) for a, b in zip(grams(walker, block), expected[index], strict=True))
+    del walker
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_without_a_limit_writes_nothing(tmp_path: Path):
+    states = torch.randn(2, 3, 4)
+    store = StateStore(torch.device("cpu"), None, tmp_path)
+    kept = store.keep(states)
+    assert kept.get() is states
+    assert list(tmp_path.iterdir()) == []

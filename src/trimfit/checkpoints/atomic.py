@@ -34,14 +34,19 @@ def check_output(out: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def atomic_directory(out: Path, overwrite: bool) -> Generator[Path]:
+def atomic_directory(out: Path, overwrite: bool, beside: Path | None = None) -> Generator[Path]:
     """Gives an empty sibling of `out` to write to, and renames it to `out` when the context ends well.
 
-    On any error, an interrupt included, the sibling is removed and `out` is as it was. A full disk is a `RunError`.
+    `beside` is what to call it, on the same disk; what is there is removed. On any error, an interrupt included, the
+    sibling is removed and `out` is as it was. A full disk is a `RunError`.
     """
     check_output(out, overwrite)
-    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.absolute().parent))
-    beside.chmod(0o777 & ~_umask())
+    if beside is None:
+        beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.absolute().parent))
+        beside.chmod(0o777 & ~_umask())
+    else:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
     try:
         yield beside
         _replace(beside, out)
@@ -72,9 +77,7 @@ def _replace(beside: Path, out: Path) -> None:
     for path in beside.iterdir():
         path.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
     for path in (*beside.iterdir(), beside):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        sync(path)
     if not out.exists():
         beside.rename(out)
         return
@@ -87,6 +90,29 @@ def _replace(beside: Path, out: Path) -> None:
             old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Replaces a file: after a kill at any moment it is the old one or the new one, and whole."""
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_bytes(data)
+    rename_durably(beside, path)
+
+
+def rename_durably(old: Path, new: Path) -> None:
+    """Gives a written file its name, replacing what has it, when all of it is on the disk."""
+    sync(old)
+    old.replace(new)
+    sync(new.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

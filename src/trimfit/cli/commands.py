@@ -4,6 +4,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from trimfit.errors import InputError
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
@@ -87,6 +90,12 @@ def prune(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Windows in one forward pass.")] = 8,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Hold one block of the model at a time; the others stay in their files.")
+    ] = False,
+    memory_limit: Annotated[
+        str | None, typer.Option(help="Of hidden states in memory, as in 8GiB; those above it go to files.")
+    ] = None,
     device: _Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     json: _Json = False,
@@ -130,9 +139,28 @@ def prune(
             windows,
             device=resolve_device(device),
             overwrite=overwrite,
+            offload=offload,
+            memory_limit=_bytes(memory_limit),
             observer=observer,
         )
     show.prune(report, calibration, output, as_json=json)
+
+
+def resume(
+    directory: Annotated[Path, typer.Argument(help="Output of the run that was interrupted.")],
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, … \\[default: that of the run]")] = None,
+    json: _Json = False,
+) -> None:
+    """Go on with a prune that was interrupted or killed, from the last layers that were finished."""
+    from trimfit.checkpoints import resolve_device
+    from trimfit.cli import show
+    from trimfit.pipelines import resume as go_on
+
+    directory = directory.expanduser()
+    show.quiet_libraries()
+    with show.progress(quiet=json) as observer:
+        finished = go_on(directory, device=None if device is None else resolve_device(device), observer=observer)
+    show.prune(finished.report, finished.calibration.source, finished.out, as_json=json)
 
 
 def quantize(
@@ -271,6 +299,15 @@ def evaluate(
             observer=observer,
         )
     show.evaluation(evaluation, text, as_json=json)
+
+
+def _bytes(size: str | None) -> int | None:
+    if size is None:
+        return None
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(size))
+    except ValidationError:
+        raise InputError(f"--memory-limit takes a size such as 8GiB or 500MB, but it is {size!r}") from None
 
 
 def _source(model: str) -> str:

@@ -30,6 +30,7 @@ app.command("demo")(commands.demo)
 app.command("prune")(commands.prune)
 app.command("quantize")(commands.quantize)
 app.command("eval")(commands.evaluate)
+app.command("resume")(commands.resume)
 app.command("compare")(compare.compare)
 
 
@@ -41,7 +42,7 @@ def options(
 
 
 def main() -> None:
-    """Entry point: 0 when all went well, 2 for wrong input, 1 for failure, 130 for an interrupt."""
+    """Entry point: 0 when all went well, 2 for wrong input, 1 for failure, 130 for Ctrl-C, 143 for SIGTERM."""
     signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(sys.argv[1:]))
 
@@ -61,8 +62,11 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     except typer.Exit as end:  # help was asked for
         return end.exit_code
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written", _INTERRUPTED, debug)
+    except KeyboardInterrupt as error:
+        return _fail(_with_notes("interrupted", error) or "interrupted; nothing was written", _INTERRUPTED, debug)
+    except SystemExit as error:  # SIGTERM
+        message = _with_notes("terminated", error)
+        return _fail(message, _status(error), debug) if message else _status(error)
     except BrokenPipeError:  # the reader of our output had enough
         return 1
     except _UsageError as error:
@@ -70,12 +74,22 @@ def run(arguments: Sequence[str]) -> int:
     except ValidationError as error:
         return _fail(_first_problem(error), 2, debug)
     except TrimfitError as error:
-        return _fail(str(error), error.exit_code, debug)
+        return _fail(_with_notes(str(error), error) or str(error), error.exit_code, debug)
     except Exception as error:
         if _is_out_of_memory(error):
             return _fail("out of memory; use fewer or shorter windows, or a smaller --batch-size", 1, debug)
         text = str(error).strip().splitlines()
         return _fail(f"{type(error).__name__}: {text[0] if text else 'no message'} (--debug shows where)", 1, debug)
+
+
+def _with_notes(message: str, error: BaseException) -> str | None:
+    """The message with what was noted on the error on its way; None when nothing was."""
+    notes: list[str] = getattr(error, "__notes__", [])
+    return "; ".join([message, *notes]) if notes else None
+
+
+def _status(end: SystemExit) -> int:
+    return end.code if isinstance(end.code, int) else 1
 
 
 def _invoke(arguments: list[str]) -> None:

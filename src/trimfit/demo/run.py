@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from trimfit.calibration.standard_library import EVALUATION, read_modules
 from trimfit.checkpoints import SIDECAR, check_output, fingerprint, load_checkpoint
 from trimfit.errors import InputError
 from trimfit.evaluate import Score, score_text
-from trimfit.pipelines import Observer, PruneConfig, PruneReport, prune, save_pruned
+from trimfit.pipelines import Observer, PruneConfig, PruneRecord, PruneReport, prune, save_pruned
 
 SELECTORS = ("wanda", "sparsegpt")  # joint is better, but takes longer than one likes to wait for a demo
 PATTERNS: tuple[tuple[str, dict[str, float | str]], ...] = (
@@ -88,7 +88,8 @@ def run_demo(out: Path, observer: Observer, device: torch.device) -> Iterator[De
     assert best is not None
     observer.stage(f"writing {out}")
     model.load_state_dict(best[2])
-    save_pruned(replace(checkpoint, source=_SOURCE), out, best[1], calibration, windows, before, overwrite=True)
+    record = PruneRecord(_SOURCE, model.device, before, calibration, windows, None, best[1])
+    save_pruned(checkpoint, out, record, overwrite=True)
 
 
 def _is_earlier_demo(out: Path) -> bool:

@@ -1,5 +1,6 @@
 """Finds blocks, layers and groups in a Hugging Face model, and walks it block by block."""
 
+from trimfit.models.calls import Chain as Chain
 from trimfit.models.causality import check_causal as check_causal
 from trimfit.models.find_folds import find_folds as find_folds
 from trimfit.models.flow import Flow as Flow

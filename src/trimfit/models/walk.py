@@ -20,6 +20,7 @@ from trimfit.models.mode import evaluation_mode
 from trimfit.models.placement import IN_MEMORY, Placement
 from trimfit.models.states import Kept, StateStore
 from trimfit.models.structure import Block, Layer
+from trimfit.timing import stage
 
 _Streams = dict[str, list[Kept]]
 
@@ -127,15 +128,10 @@ class Walker:
             if self.frozen and states is not None:
                 self._given[windows, index] = self._store.keep(states)
             if dense_block is None:
-                for total, one in zip(sums, seen, strict=True):
-                    for inputs in one.inputs:
-                        total.add(inputs)
+                _add(sums, seen)
                 continue
             dense_batch = self._on_device(self._dense_hidden[windows][index].get())
-            dense_seen, _ = self._see(dense_block, groups, dense_batch, residual=True)
-            for total, one, dense in zip(sums, seen, dense_seen, strict=True):
-                for inputs, dense_inputs in zip(one.inputs, dense.inputs, strict=True):
-                    total.add(inputs, Drifted(dense_inputs, one.residual, dense.residual))
+            _add_drifted(sums, seen, self._see(dense_block, groups, dense_batch, residual=True)[0])
         return [total.value for total in sums]
 
     def _see(
@@ -183,7 +179,8 @@ class Walker:
         return seen, states
 
     def _run(self, block: Block, hidden: Tensor) -> Tensor:
-        return self._calls[len(hidden)][block.index].run(block.module, self._on_device(hidden))
+        with stage("forward"):
+            return self._calls[len(hidden)][block.index].run(block.module, self._on_device(hidden))
 
     def _on_device(self, hidden: Tensor) -> Tensor:
         return hidden.to(self.model.device)
@@ -221,6 +218,20 @@ class Walker:
             # Token by token: the few with huge activations, which language models have, must not hide the others.
             if ((states - plain).float().norm(dim=-1) > 1e-2 * plain.float().norm(dim=-1)).any():
                 raise chain.unsuitable()
+
+
+def _add(sums: Sequence[MomentSum], seen: Sequence[_Seen]) -> None:
+    with stage("gram"):
+        for total, one in zip(sums, seen, strict=True):
+            for inputs in one.inputs:
+                total.add(inputs)
+
+
+def _add_drifted(sums: Sequence[MomentSum], seen: Sequence[_Seen], dense: Sequence[_Seen]) -> None:
+    with stage("gram"):
+        for total, one, other in zip(sums, seen, dense, strict=True):
+            for inputs, dense_inputs in zip(one.inputs, other.inputs, strict=True):
+                total.add(inputs, Drifted(dense_inputs, one.residual, other.residual))
 
 
 def _copy(block: Block) -> Block:

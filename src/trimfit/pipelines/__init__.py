@@ -9,6 +9,7 @@ from trimfit.pipelines.observer import Observer as Observer
 from trimfit.pipelines.prune import prune as prune
 from trimfit.pipelines.prune_checkpoint import prune_checkpoint as prune_checkpoint
 from trimfit.pipelines.prune_checkpoint import save_pruned as save_pruned
+from trimfit.pipelines.prune_record import PruneRecord as PruneRecord
 from trimfit.pipelines.quantize import quantize as quantize
 from trimfit.pipelines.quantize_checkpoint import check_format as check_format
 from trimfit.pipelines.quantize_checkpoint import quantize_checkpoint as quantize_checkpoint
@@ -18,3 +19,4 @@ from trimfit.pipelines.quantize_records import QuantizeReport as QuantizeReport
 from trimfit.pipelines.records import LayerError as LayerError
 from trimfit.pipelines.records import LayerRecord as LayerRecord
 from trimfit.pipelines.records import PruneReport as PruneReport
+from trimfit.pipelines.resume import resume as resume

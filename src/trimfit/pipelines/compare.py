@@ -2,8 +2,9 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -76,9 +77,10 @@ def compare(
         observer=observer,
     )
     identity = bench.identity()
-    with Journal(out / JOURNAL, identity) as journal:
+    with Journal(out / JOURNAL) as journal:
+        recorded = _cells(journal, identity)
         seeds = range(calibration.seed, calibration.seed + config.seeds)
-        dense, cells = _run(bench, journal, list(itertools.product(seeds, fitted.configs)))
+        dense, cells = _run(bench, journal, recorded, list(itertools.product(seeds, fitted.configs)))
         comparison = Comparison(
             source=source,
             identity={"text_name": text, **identity},
@@ -92,9 +94,11 @@ def compare(
     return comparison
 
 
-def _run(bench: Bench, journal: Journal, wanted: Sequence[tuple[int, PruneConfig]]) -> tuple[Cell, list[Cell]]:
+def _run(
+    bench: Bench, journal: Journal, recorded: Sequence[Cell], wanted: Sequence[tuple[int, PruneConfig]]
+) -> tuple[Cell, list[Cell]]:
     """The dense cell and those wanted, in that order, from the journal where they are finished there."""
-    done = {(cell.seed, cell.config): cell for cell in _recorded(journal) if cell.failure is None}
+    done = {(cell.seed, cell.config): cell for cell in recorded if cell.failure is None}
     dense = done.get((None, None))
     if dense is None:
         dense = bench.dense()
@@ -109,9 +113,10 @@ def _run(bench: Bench, journal: Journal, wanted: Sequence[tuple[int, PruneConfig
     return dense, cells
 
 
-def _recorded(journal: Journal) -> list[Cell]:
+def _cells(journal: Journal, identity: Mapping[str, Any]) -> list[Cell]:
+    """Those that are in the journal."""
     try:
-        return [Cell.model_validate(record) for record in journal.records]
+        return [Cell.model_validate(record) for record in journal.open(identity)]
     except ValidationError as error:
         first = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise InputError(

@@ -1,7 +1,9 @@
 """A file of finished work that survives a kill: one line of JSON for each piece, on the disk before the next begins."""
 
+import itertools
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -11,24 +13,22 @@ from filelock import FileLock, Timeout
 from trimfit.checkpoints import is_disk_full
 from trimfit.errors import InputError, RunError
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Journal:
     """Records of one run, as a context manager; one process at a time.
 
     - `path`: the file, made with its folder when it is not there.
-    - `identity`: what must be the same for records to be comparable. It is the first line of a new journal.
 
-    `records` are those that were there already. Entering raises `InputError` when the journal is another run's, open in
-    another process, damaged, or cannot be written. A last line that a kill cut short is dropped.
+    Entering raises `InputError` when the journal is open in another process or its folder cannot be written. Each line
+    has a checksum, so that what a disk has changed is noticed.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]):
+    def __init__(self, path: Path):
         self.path = path
-        self._identity = json.loads(json.dumps({"format": FORMAT, **identity}))  # as it will be read back
         self._lock = FileLock(path.with_suffix(".lock"))
-        self.records: list[dict[str, Any]] = []
+        self._ends: list[int] = []  # of the lines that were there, in bytes
 
     def __enter__(self) -> Self:
         try:
@@ -39,22 +39,43 @@ class Journal:
                 f"another process is at work in {self.path.parent}; wait or choose another output"
             ) from None
         except OSError as error:
+            if is_disk_full(error):
+                raise RunError(f"the disk of {self.path.parent} is full; free space and run again") from error
             raise InputError(
                 f"{self.path.parent} cannot be written: {error.strerror}; choose another output"
             ) from error
-        try:
-            self._open()
-        except BaseException:
-            self._lock.release()
-            raise
         return self
 
     def __exit__(self, *error: object) -> None:
         self._lock.release()
 
+    def open(self, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The records that are there already.
+
+        `identity` is what must be the same for records to be comparable; it is the first line of a new journal. A last
+        line that a kill cut short is dropped. Raises `InputError` when the journal is another run's, or damaged.
+        """
+        identity = json.loads(json.dumps({"format": FORMAT, **identity}))  # as it will be read back
+        data = self.path.read_bytes() if self.path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            os.truncate(self.path, len(whole))
+        raw = whole.splitlines(keepends=True)
+        lines = [self._parse(number, line) for number, line in enumerate(raw, start=1)]
+        self._ends = list(itertools.accumulate(len(line) for line in raw))
+        if not lines:
+            self.append(identity)
+            return []
+        _check_same(self.path, lines[0], identity)
+        return lines[1:]
+
+    def forget(self, kept: int) -> None:
+        """Drops all but the first so many of the records that were there when the journal was opened."""
+        os.truncate(self.path, self._ends[kept])
+
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds a line and waits until it is on the disk. Raises `RunError` when the disk is full."""
-        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        line = json.dumps({**record, _CHECKSUM: _checksum(record)}, allow_nan=False).encode() + b"\n"
         try:
             with self.path.open("ab") as file:
                 file.write(line)
@@ -65,26 +86,21 @@ class Journal:
                 raise
             raise RunError(f"the disk of {self.path} is full; free space and run again to go on") from error
 
-    def _open(self) -> None:
-        data = self.path.read_bytes() if self.path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            os.truncate(self.path, len(whole))
-        lines = [self._parse(number, line) for number, line in enumerate(whole.splitlines(), start=1)]
-        if not lines:
-            self.append(self._identity)
-            return
-        _check_same(self.path, lines[0], self._identity)
-        self.records = lines[1:]
-
     def _parse(self, number: int, line: bytes) -> dict[str, Any]:
         try:
             record: object = json.loads(line)
         except ValueError:
             record = None
-        if not isinstance(record, dict):
+        if not isinstance(record, dict) or record.pop(_CHECKSUM, None) != _checksum(record):
             raise InputError(f"{self.path}, line {number}, is damaged; remove the file to begin again")
         return record
+
+
+_CHECKSUM = "crc32"
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(record, allow_nan=False).encode()):08x}"
 
 
 def _check_same(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:

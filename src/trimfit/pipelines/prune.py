@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 from torch import Tensor
@@ -10,16 +11,30 @@ from transformers import PreTrainedModel
 from trimfit.calibration import InputMoments, split_held_out
 from trimfit.errors import InputError
 from trimfit.masks import NM, Pattern, Unstructured, check_width
-from trimfit.models import Block, Group, Layer, Walker, check_causal, find_blocks, find_query_key, select_layers
+from trimfit.models import (
+    IN_MEMORY,
+    Block,
+    Chain,
+    Group,
+    Layer,
+    Placement,
+    Walker,
+    check_causal,
+    find_blocks,
+    find_query_key,
+    select_layers,
+)
 from trimfit.pipelines.allocate import Allocation, allocate
 from trimfit.pipelines.checks import check_finite, check_tokens, naming
 from trimfit.pipelines.config import PruneConfig
 from trimfit.pipelines.damping import DEFAULT_DAMPING, choose_damping
+from trimfit.pipelines.ledger import Blank, Ledger
 from trimfit.pipelines.observer import Observer, Silent
 from trimfit.pipelines.prune_layer import Inputs, prune_layer
 from trimfit.pipelines.records import LayerRecord, PruneReport, peak_memory, versions
 from trimfit.pipelines.row_weights import attention_row_weights
 from trimfit.refit import FactoredGram
+from trimfit.timing import Clock, stage
 
 
 def prune(
@@ -43,63 +58,114 @@ def prune(
     Raises `InputError` before anything changes when model, tokens and config do not fit together.
     """
     config = config or PruneConfig()
-    observer = observer or Silent()
-    start = time.perf_counter()
     blocks = select_layers(model, find_blocks(model), config.ignore)
-    _check(model, tokens, blocks, config)
-    fit, held_out = split_held_out(tokens, config.held_out)
-    if config.damping == "auto" and not len(held_out):
-        raise InputError(
-            f"damping 'auto' is chosen on held-out windows, but a share of {config.held_out} of {len(tokens)} windows "
-            "is none; give more windows or a larger share"
+    check_finite(model)
+    return PruneRun(model, blocks, tokens, config, observer or Silent()).run()
+
+
+@dataclass
+class PruneRun:
+    """One run over the blocks of a model, wherever it is and whoever keeps what is finished.
+
+    - `blocks`: with the layers to prune, whose weights are finite.
+    - `tokens`, `config`, `observer`: as for `prune`.
+    - `placement`: where weights come from and hidden states wait.
+    - `ledger`: asked for what is finished already, and given what is finished.
+    """
+
+    model: PreTrainedModel
+    blocks: Sequence[Block]
+    tokens: Tensor
+    config: PruneConfig
+    observer: Observer
+    placement: Placement = IN_MEMORY
+    ledger: Ledger = field(default_factory=Blank)
+
+    def run(self) -> PruneReport:
+        """Prunes the blocks in their order. Raises `InputError` before anything changes if something does not fit."""
+        start = time.perf_counter() - self.ledger.seconds
+        clock = Clock(self.model.device)
+        with clock.running():
+            windows = self._windows()
+            allocation = self._allocation(windows["fit"])
+            records = list(self._records(windows, allocation, start))
+        return PruneReport(
+            config=self.config,
+            layers=records,
+            allocation=allocation.blocks if allocation else None,
+            windows=len(windows["fit"]),
+            held_out_windows=len(windows["held_out"]) if "held_out" in windows else 0,
+            window_length=self.tokens.shape[1],
+            seconds=time.perf_counter() - start,
+            stages=clock.seconds,
+            peak_memory=peak_memory(self.model.device),
+            versions=versions(),
         )
-    windows = {"fit": fit, "held_out": held_out} if len(held_out) else {"fit": fit}
 
-    allocation = _allocation(model, blocks, fit, config, observer)
-    total = sum(layer.weight.numel() for block in blocks for layer in block.layers)
-    done = 0
-    records: list[LayerRecord] = []
-    walker = Walker(model, blocks, windows, config.batch_size, dense=config.target == "dense")
-    observer.stage("reading the calibration windows")
-    for block in walker:
-        observer.stage(f"block {block.index + 1} of {len(blocks)}")
-        groups = walker.groups(block)
-        together = [groups] if groups and config.capture == "block" else [[group] for group in groups]
-        for part in together:
-            for record in _prune_groups(walker, block, part, config, allocation):
-                records.append(record)
-                done += record.shape[0] * record.shape[1]
-                observer.layer(record, done / total)
-    return PruneReport(
-        config=config,
-        layers=records,
-        allocation=allocation.blocks if allocation else None,
-        windows=len(fit),
-        held_out_windows=len(held_out),
-        window_length=tokens.shape[1],
-        seconds=time.perf_counter() - start,
-        peak_memory=peak_memory(model.device),
-        versions=versions(),
-    )
+    def _windows(self) -> dict[str, Tensor]:
+        """Windows to fit on and windows held out, when everything is in order."""
+        check_tokens(self.model, self.tokens)
+        for layer in (layer for block in self.blocks for layer in block.layers):
+            with naming(layer):
+                check_width(self.config.mask_pattern, layer.weight.shape[1])
+        with stage("forward"), Chain(self.model, self.blocks, self.placement.loaded).loading():
+            check_causal(self.model, self.tokens[0].long())
+        fit, held_out = split_held_out(self.tokens, self.config.held_out)
+        if self.config.damping == "auto" and not len(held_out):
+            raise InputError(
+                f"damping 'auto' is chosen on held-out windows, but a share of {self.config.held_out} of "
+                f"{len(self.tokens)} windows is none; give more windows or a larger share"
+            )
+        return {"fit": fit, "held_out": held_out} if len(held_out) else {"fit": fit}
 
+    def _allocation(self, windows: Tensor) -> Allocation | None:
+        """How the sparsity is split over the layers; None for N:M, which leaves nothing to split."""
+        if self.config.sparsity is None:
+            return None
+        if self.ledger.allocation is not None:
+            return self.ledger.allocation
+        allocation = allocate(
+            self.model,
+            self.blocks,
+            windows,
+            method=self.config.split,
+            sparsity=self.config.sparsity,
+            damping=DEFAULT_DAMPING if self.config.damping == "auto" else self.config.damping,
+            batch_size=self.config.batch_size,
+            placement=self.placement,
+            observer=self.observer,
+        )
+        self.ledger.keep_allocation(allocation)
+        return allocation
 
-def _allocation(
-    model: PreTrainedModel, blocks: Sequence[Block], windows: Tensor, config: PruneConfig, observer: Observer
-) -> Allocation | None:
-    """How the sparsity is split over the layers; None for N:M, which leaves nothing to split."""
-    if config.sparsity is None:
-        return None
-    damping = DEFAULT_DAMPING if config.damping == "auto" else config.damping
-    return allocate(
-        model,
-        blocks,
-        windows,
-        method=config.split,
-        sparsity=config.sparsity,
-        damping=damping,
-        batch_size=config.batch_size,
-        observer=observer,
-    )
+    def _records(
+        self, windows: dict[str, Tensor], allocation: Allocation | None, start: float
+    ) -> Iterator[LayerRecord]:
+        total = sum(layer.weight.numel() for block in self.blocks for layer in block.layers)
+        done = 0
+        dense = self.config.target == "dense"
+        walker = Walker(self.model, self.blocks, windows, self.config.batch_size, dense, self.placement)
+        self.observer.stage("reading the calibration windows")
+        for block in walker:
+            self.observer.stage(f"block {block.index + 1} of {len(self.blocks)}")
+            for groups in self._together(walker.groups(block)):
+                layers = [layer for group in groups for layer in group.layers]
+                records = self.ledger.restore(layers)
+                finished = iter(records or _prune_groups(walker, block, groups, self.config, allocation))
+                kept: list[LayerRecord] = []
+                for record in finished:
+                    kept.append(record)
+                    done += record.shape[0] * record.shape[1]
+                    self.observer.layer(record, done / total)
+                if records is None:
+                    self.ledger.keep(layers, kept, time.perf_counter() - start)
+                yield from kept
+
+    def _together(self, groups: Sequence[Group]) -> list[Sequence[Group]]:
+        """The groups of a block in the parts whose inputs are captured together."""
+        if not groups:
+            return []
+        return [groups] if self.config.capture == "block" else [[group] for group in groups]
 
 
 def _pattern(layer: Layer, config: PruneConfig, allocation: Allocation | None) -> Pattern:
@@ -136,18 +202,9 @@ def _row_weights(walker: Walker, block: Block, group: Group, fit: InputMoments) 
 def _factorise(
     group: Group, patterns: Sequence[Pattern], fit: InputMoments, held_out: InputMoments | None, config: PruneConfig
 ) -> FactoredGram:
-    if config.damping != "auto":
-        return FactoredGram(fit.gram, config.damping)
-    assert held_out is not None  # the config refuses "auto" without a share, and `_check` a share without a window
-    weights = [layer.weight.float() for layer in group.layers]
-    return choose_damping(weights, patterns, fit, held_out, config.share)
-
-
-def _check(model: PreTrainedModel, tokens: Tensor, blocks: list[Block], config: PruneConfig) -> None:
-    """Raises `InputError` for whatever can be seen to be wrong before anything changes."""
-    check_tokens(model, tokens)
-    for layer in (layer for block in blocks for layer in block.layers):
-        with naming(layer):
-            check_width(config.mask_pattern, layer.weight.shape[1])
-    check_finite(model)
-    check_causal(model, tokens[0].long())
+    with stage("factorisation"):
+        if config.damping != "auto":
+            return FactoredGram(fit.gram, config.damping)
+        assert held_out is not None  # a run without any is refused
+        weights = [layer.weight.float() for layer in group.layers]
+        return choose_damping(weights, patterns, fit, held_out, config.share)

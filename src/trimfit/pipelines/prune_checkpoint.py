@@ -4,25 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from trimfit.calibration import CalibrationConfig, SelfSample
-from trimfit.checkpoints import (
-    Checkpoint,
-    atomic_directory,
-    check_output,
-    fingerprint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from trimfit.calibration import CalibrationConfig
+from trimfit.checkpoints import Checkpoint, atomic_directory, check_output, load_checkpoint, save_checkpoint
 from trimfit.errors import InputError
+from trimfit.models import find_blocks, select_layers
 from trimfit.pipelines.config import PruneConfig
 from trimfit.pipelines.observer import Observer, Silent
-from trimfit.pipelines.prune import prune
-from trimfit.pipelines.records import PruneReport
-from trimfit.pipelines.windows import SAMPLED, digest, draw_windows
-
-FORMAT = 1  # of trimfit.json
+from trimfit.pipelines.opened import InMemory, Offloaded, check_space
+from trimfit.pipelines.prune import PruneRun
+from trimfit.pipelines.prune_record import PruneRecord
+from trimfit.pipelines.records import PruneReport, versions
+from trimfit.pipelines.run_directory import RunDirectory
+from trimfit.pipelines.windows import draw_windows
 
 
 def prune_checkpoint(
@@ -33,61 +27,68 @@ def prune_checkpoint(
     *,
     device: torch.device,
     overwrite: bool = False,
+    offload: bool = False,
+    memory_limit: int | None = None,
     observer: Observer | None = None,
 ) -> PruneReport:
-    """Loads `source`, prunes it and writes `out`: a plain Hugging Face checkpoint with a `trimfit.json` in it.
+    """Prunes the checkpoint `source` and writes `out`: a plain Hugging Face checkpoint with a `trimfit.json` in it.
 
-    With calibration on the model itself `calibration.npy` in it holds the windows. Nothing is written before everything
-    is done and checked. Raises `InputError` for an `out` that would replace `source`; other errors: see
-    `load_checkpoint`, `CalibrationConfig`, `prune`, `save_checkpoint`.
+    - `offload`: holds one decoder block at a time on `device`, and leaves the others in their files.
+    - `memory_limit`: bytes of hidden states in memory; those above it are in files.
+
+    What is finished is kept in a `RunDirectory` beside `out`: when a run was ended or killed, the same call goes on
+    from there. With calibration on the model itself `calibration.npy` in `out` holds the windows. `out` is there when
+    everything is done and checked. Raises `InputError` for an `out` that would replace `source`, for a model that
+    cannot be offloaded, and for a run that was begun with something else; other errors: see `load_checkpoint`,
+    `CalibrationConfig`, `prune`, `save_checkpoint`.
     """
     observer = observer or Silent()
+    request = {
+        "source": source,
+        "out": str(out.absolute()),
+        "config": config.model_dump(),
+        "calibration": calibration.model_dump(),
+        "device": str(device),
+        "overwrite": overwrite,
+        "offload": offload,
+        "memory_limit": memory_limit,
+    }
     if overwrite:
         check_source_stays(source, out)
     check_output(out, overwrite)
-    observer.stage(f"loading {source}")
-    checkpoint = load_checkpoint(source, device)
-    windows, sample = draw_windows(checkpoint, calibration, config.batch_size, observer)
-    model_fingerprint = fingerprint(checkpoint.model)
-    report = prune(checkpoint.model, windows, config, observer=observer)
-    observer.stage(f"writing {out}")
-    save_pruned(checkpoint, out, report, calibration, windows, model_fingerprint, sample=sample, overwrite=overwrite)
+    with RunDirectory(out, request) as run:
+        observer.stage(f"loading {source}")
+        opened = Offloaded.open(source, device, calibration) if offload else InMemory(load_checkpoint(source, device))
+        checkpoint = opened.checkpoint
+        model, blocks = checkpoint.model, select_layers(checkpoint.model, find_blocks(checkpoint.model), config.ignore)
+        check_space(out, model, blocks)
+        model_fingerprint = opened.prepare(blocks)
+        run.open(_identity(model_fingerprint, config, calibration))
+        windows, sample = run.windows(lambda: draw_windows(checkpoint, calibration, config.batch_size, observer))
+        placement = opened.placement(memory_limit, run.path)
+        report = PruneRun(model, blocks, windows, config, observer, placement, run).run()
+        record = PruneRecord(
+            checkpoint.source, opened.device, model_fingerprint, calibration, windows, sample, report, run.id
+        )
+        observer.stage(f"writing {out}")
+        with atomic_directory(out, overwrite, run.result) as directory:
+            opened.save(directory, record.sidecar(), blocks, run, record.zeros())
+            record.save_windows(directory)
     return report
 
 
-def save_pruned(
-    checkpoint: Checkpoint,
-    out: Path,
-    report: PruneReport,
-    calibration: CalibrationConfig,
-    windows: Tensor,
-    model_fingerprint: str,
-    *,
-    sample: SelfSample | None = None,
-    overwrite: bool,
-) -> None:
-    """Writes a pruned model with the record of how it came about, and checks its zeros.
+def _identity(model_fingerprint: str, config: PruneConfig, calibration: CalibrationConfig) -> dict[str, Any]:
+    """What must be the same for a run to go on, name by name."""
+    parts = {"config": config.model_dump(), "calibration": calibration.model_dump(), "version": versions()}
+    flat = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+    return {"command": "prune", "model": model_fingerprint, **flat}
 
-    `windows` are the calibration windows, `model_fingerprint` is that of the dense model. `sample` is given when that
-    model wrote the windows; they are kept then, as they can be had from nowhere else.
-    """
-    sidecar: dict[str, Any] = {
-        "format": FORMAT,
-        "source": checkpoint.source,
-        "calibration": calibration.model_dump(),
-        "device": str(checkpoint.model.device),
-        "fingerprints": {
-            "model": model_fingerprint,
-            "tokens": digest(windows),
-        },
-        "self_sample": sample.record() if sample else None,
-        **report.model_dump(),
-    }
-    zeros = {f"{record.name}.weight": record.sparsity for record in report.layers}
-    with atomic_directory(out, overwrite) as beside:
-        save_checkpoint(checkpoint, beside, sidecar, sparsity=zeros)
-        if sample is not None:
-            sample.save(beside / SAMPLED, calibration.seed)
+
+def save_pruned(checkpoint: Checkpoint, out: Path, record: PruneRecord, *, overwrite: bool) -> None:
+    """Writes a pruned model with the record of how it came about, and checks its zeros."""
+    with atomic_directory(out, overwrite) as directory:
+        save_checkpoint(checkpoint, directory, record.sidecar(), sparsity=record.zeros())
+        record.save_windows(directory)
 
 
 def check_source_stays(source: str, out: Path) -> None:

@@ -16,6 +16,7 @@ from trimfit.pipelines.layer_error import LayerErrorMeter
 from trimfit.pipelines.records import Accepted, LayerRecord, peak_memory
 from trimfit.pipelines.row_weights import usable
 from trimfit.refit import FactoredGram, RefitSolution, refit
+from trimfit.timing import stage
 
 _CLEARLY = 0.01  # nearer by this share: a selector's own weights may be the optimum too, but for rounding
 
@@ -39,8 +40,9 @@ def prune_layer(layer: Layer, block: int, inputs: Inputs, config: PruneConfig, p
     dense = layer.weight.float().clone(memory_format=torch.contiguous_format)  # GPT-2 keeps it transposed
     goal = Goal(dense, inputs.calibration, config.share)
     with naming(layer):
-        weights = inputs.row_weights.get(layer.name)
-        selection = _select(goal.unpruned(inputs.factored), inputs.factored, config.selector, pattern, weights)
+        row_weights = inputs.row_weights.get(layer.name)
+        with stage("mask"):
+            selection = _select(goal.unpruned(inputs.factored), inputs.factored, config.selector, pattern, row_weights)
         masked = torch.where(selection.mask, dense, 0.0)
         candidates: dict[Accepted, Tensor] = {"none": masked}
         solution: RefitSolution | None = None
@@ -48,29 +50,32 @@ def prune_layer(layer: Layer, block: int, inputs: Inputs, config: PruneConfig, p
             candidates = {"own": selection.weight, **candidates}
         if config.refit == "optimal":
             target = goal.linear_term(inputs.factored)
-            solution = refit(
-                inputs.factored,
-                dense,
-                selection.mask,
-                target=target,
-                solver=config.make_solver(),
-                start=selection.weight,
-            )
+            with stage("refit"):
+                solution = refit(
+                    inputs.factored,
+                    dense,
+                    selection.mask,
+                    target=target,
+                    solver=config.make_solver(),
+                    start=selection.weight,
+                )
             candidates = {"optimal": solution.weight, **candidates}
     accepted = _accepted(candidates, dense, inputs.held_out, config)
     if accepted != "optimal":
         solution = None
     weight = candidates[accepted]
     layer.write(weight)
-    errors = LayerErrorMeter(dense, inputs.calibration.gram, inputs.held_out.gram if inputs.held_out else None)
+    with stage("errors"):
+        meter = LayerErrorMeter(dense, inputs.calibration.gram, inputs.held_out.gram if inputs.held_out else None)
+        errors = {
+            name: meter.measure(w) for name, w in (("masked", masked), ("final", weight), ("stored", layer.weight))
+        }
     return LayerRecord(
         name=layer.name,
         block=block,
         shape=(dense.shape[0], dense.shape[1]),
         sparsity=1 - int(selection.mask.sum()) / selection.mask.numel(),
-        masked=errors.measure(masked),
-        final=errors.measure(weight),
-        stored=errors.measure(layer.weight),
+        **errors,
         accepted=accepted,
         certificate=solution.certificate.layer if solution else None,
         worst_row=solution.certificate.relative.max().item() if solution else None,

@@ -22,7 +22,8 @@ from trimfit.checkpoints.stream import Stream, open_stream
 from trimfit.errors import InputError
 from trimfit.models import find_blocks, select_layers
 from trimfit.pipelines.observer import Observer, Silent
-from trimfit.pipelines.prune_checkpoint import FORMAT, check_source_stays
+from trimfit.pipelines.prune_checkpoint import check_source_stays
+from trimfit.pipelines.prune_record import FORMAT
 from trimfit.pipelines.quantize import quantize
 from trimfit.pipelines.quantize_config import QuantizeConfig
 from trimfit.pipelines.quantize_records import QuantizeReport

@@ -70,7 +70,9 @@ class LayerRecord(BaseModel):
 class PruneReport(BaseModel):
     """All that a prune run tells: its config and a record for each layer it changed.
 
-    `allocation` is what each block was to lose; None for an N:M pattern.
+    - `allocation`: what each block was to lose; None for an N:M pattern.
+    - `seconds`: of the whole run, those before an interruption included.
+    - `stages`: seconds by stage, of what was done since the last interruption.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -82,6 +84,7 @@ class PruneReport(BaseModel):
     held_out_windows: int
     window_length: int
     seconds: float
+    stages: dict[str, float] = {}
     peak_memory: int
     versions: dict[str, str]
 

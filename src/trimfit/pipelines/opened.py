@@ -1,0 +1,126 @@
+"""A checkpoint that is open to be pruned: in memory, or one block after the other from its files."""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trimfit.calibration import CalibrationConfig
+from trimfit.calibration.config import SELF
+from trimfit.checkpoints import Checkpoint, fingerprint, save_checkpoint
+from trimfit.checkpoints.patch import check_patchable, save_patched
+from trimfit.checkpoints.stream import Stream, find_stream
+from trimfit.errors import InputError, RunError
+from trimfit.models import Block, Placement
+from trimfit.pipelines.checks import check_finite
+from trimfit.pipelines.quantize_stream import check_stream
+from trimfit.pipelines.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """All of the model is loaded."""
+
+    checkpoint: Checkpoint
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.checkpoint.model.device
+
+    def prepare(self, blocks: Sequence[Block]) -> str:
+        """The fingerprint of the model. Raises `InputError` for weights that are not finite."""
+        check_finite(self.checkpoint.model)
+        return fingerprint(self.checkpoint.model)
+
+    def placement(self, limit: int | None, folder: Path) -> Placement:
+        """Hidden states are where the model is, or in files where they are too many."""
+        return Placement(limit=limit, folder=folder)
+
+    def save(
+        self,
+        directory: Path,
+        sidecar: Mapping[str, Any],
+        blocks: Sequence[Block],
+        run: RunDirectory,
+        sparsity: Mapping[str, float],
+    ) -> None:
+        """Writes the model as it is now."""
+        save_checkpoint(self.checkpoint, directory, sidecar, sparsity=sparsity)
+
+
+@dataclass(frozen=True)
+class Offloaded:
+    """One block at a time is loaded; what is pruned lies in the run directory."""
+
+    stream: Stream
+
+    @classmethod
+    def open(cls, source: str, device: torch.device, calibration: CalibrationConfig) -> Self:
+        """Raises `InputError` for a checkpoint that has to be loaded as a whole."""
+        if calibration.source == SELF:
+            raise InputError(
+                "a model that is offloaded cannot write its own windows, as each token would read all of its weights: "
+                "give --calibration a text, or leave out --offload"
+            )
+        stream = find_stream(source, device)
+        if isinstance(stream, str):
+            raise InputError(f"{source} cannot be offloaded, as {stream}: leave out --offload")
+        check_patchable(stream)
+        return cls(stream)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """With a model that holds the weights of the block that is loaded, and what is in no block."""
+        return self.stream.checkpoint
+
+    @property
+    def device(self) -> torch.device:
+        """Where blocks are while they are loaded."""
+        return self.stream.device
+
+    def prepare(self, blocks: Sequence[Block]) -> str:
+        """As in memory; and loads what is in no block."""
+        found = check_stream(self.stream)
+        self.stream.load_all_but([block.name for block in blocks])
+        return found
+
+    def placement(self, limit: int | None, folder: Path) -> Placement:
+        """Hidden states wait on the CPU, or in files where they are too many."""
+        return Placement(lambda block: self.stream.loaded(block.name), torch.device("cpu"), limit, folder)
+
+    def save(
+        self,
+        directory: Path,
+        sidecar: Mapping[str, Any],
+        blocks: Sequence[Block],
+        run: RunDirectory,
+        sparsity: Mapping[str, float],
+    ) -> None:
+        """Writes the source's files with the pruned weights in them."""
+        save_patched(self.stream, directory, sidecar, self._pruned(blocks, run), sparsity=sparsity)
+
+    def _pruned(self, blocks: Sequence[Block], run: RunDirectory) -> Iterator[tuple[str, Tensor]]:
+        for block in blocks:
+            with self.stream.loaded(block.name):
+                run.restore_all(block.layers)
+                for layer in block.layers:
+                    yield f"{layer.name}.weight", layer.module.get_parameter("weight").detach()
+
+
+def check_space(out: Path, model: PreTrainedModel, blocks: Sequence[Block]) -> None:
+    """Raises `RunError` when the disk cannot hold the model and, until it is finished, the pruned layers."""
+    layers = [layer.weight for block in blocks for layer in block.layers]
+    needed = sum(tensor.nbytes for tensor in (*model.parameters(), *layers))
+    parent = out.absolute().parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise RunError(
+            f"the disk of {parent} has {free / 2**20:.0f} MiB free but the model and the run beside it need "
+            f"{needed / 2**20:.0f} MiB; free space there or choose another output"
+        )

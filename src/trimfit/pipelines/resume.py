@@ -1,0 +1,82 @@
+"""Goes on with a run that was ended or killed."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimfit.calibration import CalibrationConfig
+from trimfit.checkpoints import SIDECAR
+from trimfit.errors import InputError
+from trimfit.pipelines.config import PruneConfig
+from trimfit.pipelines.observer import Observer
+from trimfit.pipelines.prune_checkpoint import prune_checkpoint
+from trimfit.pipelines.records import PruneReport
+from trimfit.pipelines.run_directory import REQUEST, RunDirectory, run_path
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A run that is finished now: where it wrote, on which windows, and its report."""
+
+    out: Path
+    calibration: CalibrationConfig
+    report: PruneReport
+
+
+def resume(directory: Path, *, device: torch.device | None = None, observer: Observer | None = None) -> Resumed:
+    """Does what is left of a run.
+
+    - `directory`: the output that the run was to write, or the run directory beside it.
+    - `device`: to go on with; the one that it began on, if None.
+
+    **Returns** the report of the whole run; when everything is done already, that which is there. Raises `InputError`
+    when there is nothing to go on with, or when model, text or versions are not what they were; and as
+    `prune_checkpoint` does.
+    """
+    out = Path(str(directory).removesuffix(".run")) if directory.name.endswith(".run") else directory
+    request = _request(out)
+    finished = _finished(out)
+    if finished is not None and (request is None or request["run"] == finished["run"]):
+        if request is not None:
+            with RunDirectory(out, request):  # under its lock
+                pass
+        report = PruneReport.model_validate({name: finished[name] for name in PruneReport.model_fields})
+        return Resumed(out, CalibrationConfig.model_validate(finished["calibration"]), report)
+    if request is None:
+        raise InputError(f"there is no run to go on with: neither {out} nor {run_path(out)} is one of trimfit prune")
+    out, calibration = Path(request["out"]), CalibrationConfig.model_validate(request["calibration"])
+    report = prune_checkpoint(
+        request["source"],
+        out,
+        PruneConfig.model_validate(request["config"]),
+        calibration,
+        device=device or torch.device(request["device"]),
+        overwrite=request["overwrite"],
+        offload=request["offload"],
+        memory_limit=request["memory_limit"],
+        observer=observer,
+    )
+    return Resumed(out, calibration, report)
+
+
+def _request(out: Path) -> dict[str, Any] | None:
+    """What the run was asked for; None when there is no run."""
+    file = run_path(out) / REQUEST
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text())
+    except ValueError:
+        raise InputError(f"{file} is damaged; give the command of the run again, which goes on") from None
+
+
+def _finished(out: Path) -> dict[str, Any] | None:
+    """The record of a pruned model that is there."""
+    try:
+        record = json.loads((out / SIDECAR).read_text(encoding="utf-8"))
+        return record if record.keys() >= PruneReport.model_fields.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None

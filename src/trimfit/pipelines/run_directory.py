@@ -1,0 +1,217 @@
+"""OUT.run: what is finished of a run, on the disk beside OUT until that is whole."""
+
+import hashlib
+import json
+import logging
+import shutil
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trimfit.calibration import SelfSample
+from trimfit.checkpoints import is_disk_full, rename_durably, write_durably
+from trimfit.errors import InputError, RunError
+from trimfit.models import Layer
+from trimfit.pipelines.allocate import Allocation
+from trimfit.pipelines.journal import Journal
+from trimfit.pipelines.records import LayerRecord
+from trimfit.pipelines.windows import digest
+
+log = logging.getLogger(__name__)
+
+REQUEST = "run.json"
+_JOURNAL = "journal.jsonl"
+_WINDOWS = "windows.safetensors"
+
+
+def run_path(out: Path) -> Path:
+    """Where the run that writes `out` keeps what is finished."""
+    return out.with_name(f"{out.name}.run")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Layers that are finished: their weights in a file, and the records of how they came about."""
+
+    file: Path
+    records: list[LayerRecord]
+
+
+class RunDirectory:
+    """The `Ledger` of a run that writes `out`, as a context manager; one process at a time.
+
+    - `out`: the directory to write in the end; the run directory is `out` with `.run` behind it.
+    - `request`: what was asked for, so that `trimfit resume` can ask again.
+
+    It is removed when the context ends well, and when nothing is finished that another run could use. Otherwise the
+    error gets a note that says where what is finished lies. Raises `InputError` for a directory of something else, and
+    one that another process works in.
+    """
+
+    def __init__(self, out: Path, request: Mapping[str, Any]):
+        self.path = run_path(out)
+        self.id = uuid.uuid4().hex
+        self.seconds = 0.0
+        self.allocation: Allocation | None = None
+        self._out, self._request = out, request
+        self._journal = Journal(self.path / _JOURNAL)
+        self._parts: dict[tuple[str, ...], _Part] = {}
+        self._windows: dict[str, Any] | None = None
+        self._is_new = not self.path.exists()
+        self._opened = False
+
+    @property
+    def result(self) -> Path:
+        """Where to put the output together."""
+        return self.path / "result"
+
+    def __enter__(self) -> Self:
+        if self.path.exists() and not _is_run(self.path):
+            raise InputError(f"{self.path} is in the way: it is not the directory of a run; choose another output")
+        self._journal.__enter__()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            keep = self._is_useful if self._opened else not self._is_new  # another run is left as it is
+            if error is None or not keep:
+                shutil.rmtree(self.path, ignore_errors=True)
+            elif self._opened:
+                error.add_note(
+                    f"what is finished is in {self.path}: the same command, or trimfit resume {self._out}, goes on"
+                )
+        finally:
+            self._journal.__exit__()
+
+    @property
+    def _is_useful(self) -> bool:
+        """Whether anything is kept that took its time."""
+        sampled = self._windows is not None and self._windows["sample"] is not None
+        measured = self.allocation is not None and self.allocation.method != "uniform"
+        return sampled or measured or bool(self._parts)
+
+    def open(self, identity: Mapping[str, Any]) -> None:
+        """Reads what is finished. What is damaged is dropped with all that came after it, and the log says so.
+
+        `identity` is what must be the same. Raises `InputError` when what is there is of another run.
+        """
+        records = self._journal.open(identity)
+        if not records:
+            self._journal.append({"run": self.id})
+        for number, record in enumerate(records):
+            try:
+                whole = self._take(record)
+            except (KeyError, TypeError, ValidationError) as error:
+                raise InputError(
+                    f"{self._journal.path} is of another trimfit; remove {self.path} to begin again"
+                ) from error
+            if not whole:
+                log.warning("%s is damaged: it is done again, and what came after it", self.path / record["file"])
+                self._journal.forget(number)
+                break
+        request = {"run": self.id, **self._request}
+        write_durably(self.path / REQUEST, json.dumps(request, indent=1).encode())
+        self._opened = True
+
+    def windows(self, draw: Callable[[], tuple[Tensor, SelfSample | None]]) -> tuple[Tensor, SelfSample | None]:
+        """The calibration windows (N, L), drawn once if the model itself wrote them, and checked if not."""
+        kept = self._windows
+        if kept is not None and kept["sample"] is not None:
+            windows = load_file(self.path / _WINDOWS)["windows"]
+            return windows, SelfSample(windows=windows, **kept["sample"])
+        windows, sample = draw()
+        if kept is None:
+            record: dict[str, Any] = {"tokens": digest(windows), "sample": sample.record() if sample else None}
+            if sample is not None:
+                record |= self._write(_WINDOWS, {"windows": windows})
+            self._journal.append(record)
+            self._windows = record
+        elif digest(windows) != kept["tokens"]:
+            raise InputError(
+                f"the calibration windows are not those with which the run in {self.path} began, so their text has "
+                "changed; remove that directory to begin again"
+            )
+        return windows, sample
+
+    def keep_allocation(self, allocation: Allocation) -> None:
+        """Keeps how the sparsity is split."""
+        self._journal.append({"allocation": allocation.model_dump()})
+        self.allocation = allocation
+
+    def restore(self, layers: Sequence[Layer]) -> list[LayerRecord] | None:
+        """Writes the weights of layers that were finished before, and gives their records; None if they were not."""
+        part = self._parts.get(tuple(layer.name for layer in layers))
+        if part is None:
+            return None
+        weights = load_file(part.file)
+        for layer in layers:
+            layer.write(weights[layer.name])
+        return part.records
+
+    def restore_all(self, layers: Sequence[Layer]) -> None:
+        """Writes the weights of layers that are finished, in whatever parts they are."""
+        by_name = {layer.name: layer for layer in layers}
+        for names, part in self._parts.items():
+            if by_name.keys() & set(names):
+                for name, weight in load_file(part.file).items():
+                    by_name[name].write(weight)
+
+    def keep(self, layers: Sequence[Layer], records: Sequence[LayerRecord], seconds: float) -> None:
+        """Writes the weights of finished layers, waits until they are on the disk, and only then says so."""
+        written = self._write(
+            f"part-{len(self._parts):05d}.safetensors",
+            {layer.name: layer.weight.cpu().contiguous() for layer in layers},
+        )
+        self._journal.append({"part": [r.model_dump() for r in records], "seconds": seconds, **written})
+        self._parts[tuple(layer.name for layer in layers)] = _Part(self.path / written["file"], list(records))
+
+    def _take(self, record: dict[str, Any]) -> bool:
+        """Whether a record stands for something that is there."""
+        if "file" in record and not _is_whole(self.path / record["file"], record["sha256"]):
+            return False
+        if "run" in record:
+            self.id = record["run"]
+        elif "tokens" in record:
+            self._windows = record
+        elif "allocation" in record:
+            self.allocation = Allocation.model_validate(record["allocation"])
+        else:
+            layers = [LayerRecord.model_validate(layer) for layer in record["part"]]
+            self._parts[tuple(layer.name for layer in layers)] = _Part(self.path / record["file"], layers)
+            self.seconds = record["seconds"]
+        return True
+
+    def _write(self, name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
+        """Name and checksum of a file, once it is on the disk."""
+        beside = self.path / f"{name}.tmp"
+        try:
+            save_file(tensors, beside)
+            written = {"file": name, "sha256": _checksum(beside)}
+            rename_durably(beside, self.path / name)
+        except Exception as error:
+            if is_disk_full(error):
+                raise RunError(f"the disk of {self.path} is full; free space there") from error
+            raise
+        return written
+
+
+def _is_run(path: Path) -> bool:
+    if not path.is_dir():
+        return False
+    names = {inner.name for inner in path.iterdir()}
+    return not names or bool(names & {REQUEST, _JOURNAL, Path(_JOURNAL).with_suffix(".lock").name})
+
+
+def _is_whole(file: Path, checksum: str) -> bool:
+    return file.is_file() and _checksum(file) == checksum
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

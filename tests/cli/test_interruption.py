@@ -11,14 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli_helpers import COMMAND, Outcome, environment, is_one_sentence, nothing_but, trimfit
+from cli_helpers import COMMAND, Outcome, environment, is_one_sentence, nothing_but
 from transformers import PreTrainedTokenizerFast
 
 Here = Callable[..., Outcome]
 Mount = Callable[[str], Path]
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 COLUMNS = 80
+END = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 PATIENCE = 240.0
+
+
+def goes_on(run: Path) -> str:
+    """What is said of a run directory that stays."""
+    out = run.with_suffix("")
+    return f"what is finished is in {run}: the same command, or trimfit resume {out}, goes on"
 
 
 class Terminal:
@@ -54,10 +61,11 @@ class Terminal:
     ("arguments", "number", "status"),
     [
         (("prune", "--samples", "64", "--sequence-length", "256"), signal.SIGINT, 130),
+        (("prune", "--samples", "64", "--sequence-length", "256", "--selector", "wanda"), signal.SIGTERM, 143),
         (("quantize", "--transform", "online"), signal.SIGINT, 130),
         (("quantize", "--format", "dense"), signal.SIGTERM, 128 + signal.SIGTERM),
     ],
-    ids=["prune and Ctrl-C", "quantize and Ctrl-C", "quantize and SIGTERM"],
+    ids=["prune and Ctrl-C", "prune and SIGTERM", "quantize and Ctrl-C", "quantize and SIGTERM"],
 )
 def test_progress_on_a_terminal_and_its_end(
     tmp_path: Path, arguments: tuple[str, ...], number: signal.Signals, status: int
@@ -74,7 +82,8 @@ def test_progress_on_a_terminal_and_its_end(
     os.close(terminal.slave)
     try:
         # Block, share done, time since the start, time left, layer, error: all in one line of 80 columns.
-        line = re.compile(r"block \d of 6 \S+ +\d+% [\d:]+ [\d:-]+ (self_attn|mlp)\.\w+_proj +error 0\.\d{4}")
+        layer = r"mlp\.\w+_proj" if arguments[0] == "prune" else r"(self_attn|mlp)\.\w+_proj"  # when some are kept
+        line = re.compile(rf"block \d of 6 \S+ +\d+% [\d:]+ [\d:-]+ {layer} +error 0\.\d{{4}}")
         assert terminal.read_until(line), terminal.shown
         process.send_signal(number)
         while terminal.read():
@@ -85,11 +94,17 @@ def test_progress_on_a_terminal_and_its_end(
         os.close(terminal.master)
     assert process.returncode == status
     assert "loading " in terminal.shown
-    if number == signal.SIGINT:
-        assert terminal.shown.rstrip().splitlines()[-1].endswith("error: interrupted; nothing was written")
     assert "Traceback" not in terminal.shown
     assert stdout == ""
-    assert nothing_but(tmp_path)
+    if arguments[0] == "prune":
+        run = tmp_path / "out.run"
+        assert terminal.shown.rstrip().splitlines()[-1].endswith(f"error: {END[number]}; {goes_on(run)}")
+        assert nothing_but(tmp_path, ["out.run"])
+        assert (run / "part-00000.safetensors").is_file()
+    else:
+        if number == signal.SIGINT:
+            assert terminal.shown.rstrip().splitlines()[-1].endswith("error: interrupted; nothing was written")
+        assert nothing_but(tmp_path)
 
 
 PRUNE = ("prune", "--samples", "12", "--sequence-length", "32")
@@ -101,27 +116,47 @@ def test_ctrl_c_while_writing(
     here: Here, tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     def interrupt(*arguments: object, **options: object) -> None:
-        assert any(tmp_path.glob(".*out.*/model.safetensors"))  # the weights are written already
+        place = "out.run/result" if command == "prune" else ".*out.*"
+        assert any(tmp_path.glob(f"{place}/model.safetensors"))  # the weights are written already
         raise KeyboardInterrupt
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", interrupt)
     name, *options = COMMANDS[command]
     outcome = here(name, tiny, "-o", tmp_path / "out", "--calibration", text, "--sequence-length", "32", *options)
     assert outcome.status == 130
+    if command == "prune":
+        assert outcome.stderr.splitlines()[-1] == f"error: interrupted; {goes_on(tmp_path / 'out.run')}"
+        assert nothing_but(tmp_path, ["out.run"])
+        assert nothing_but(tmp_path / "out.run", [*JOURNAL, *(f"part-{i:05d}.safetensors" for i in range(2 * 4))])
+        return
     assert outcome.stderr.splitlines()[-1] == "error: interrupted; nothing was written"
     assert nothing_but(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("command", "size"),
-    [("prune", "80k"), ("packed", "80k"), ("packed", "32k"), ("dense", "80k")],
-)
-def test_disk_full_halfway(tiny: Path, text: Path, here: Here, mount: Mount, command: str, size: str) -> None:
+JOURNAL = ["journal.jsonl", "journal.lock", "run.json"]
+
+
+@pytest.mark.parametrize("size", ["116k", "124k", "132k", "140k", "148k"])
+def test_disk_full_while_pruning(tiny: Path, text: Path, here: Here, mount: Mount, size: str) -> None:
+    """In the middle of the layers or of the output: once there is space, the same command goes on."""
+    disk = mount(f"size={size}")
+    command = (*PRUNE, tiny, "-o", disk / "out", "--calibration", text)
+    outcome = here(*command)
+    assert outcome.status == 1
+    assert is_one_sentence(outcome), outcome.stderr
+    assert "is full" in outcome.stderr or "MiB free" in outcome.stderr
+    assert outcome.stderr.rstrip().endswith(goes_on(disk / "out.run"))
+    parts = {path: path.stat().st_mtime_ns for path in (disk / "out.run").glob("part-*.safetensors")}
+    assert parts
+    assert subprocess.run(["mount", "-o", "remount,size=2m", disk], check=True)
+    assert here("resume", disk / "out").status == 0
+
+
+@pytest.mark.parametrize(("command", "size"), [("packed", "80k"), ("packed", "32k"), ("dense", "80k")])
+def test_disk_full_halfway(tiny: Path, here: Here, mount: Mount, command: str, size: str) -> None:
     disk = mount(f"size={size}")  # enough for the weights, not for the tokenizer too; or for nothing
     name, *options = COMMANDS[command]
-    data = ("--calibration", text) if name == "prune" else ()
-    run = trimfit if command == "prune" else here
-    outcome = run(name, tiny, "-o", disk / "out", *data, *options)
+    outcome = here(name, tiny, "-o", disk / "out", *options)
     assert outcome.status == 1
     assert is_one_sentence(outcome), outcome.stderr
     assert "disk is full" in outcome.stderr

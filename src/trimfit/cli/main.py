@@ -17,6 +17,7 @@ from trimfit.cli import commands, compare
 from trimfit.errors import TrimfitError
 
 _INTERRUPTED = 130
+_NOTHING_KEPT = "interrupted; nothing was written"
 
 # The base of usage errors, public under no name: Typer imported Click's until it brought its own.
 _UsageError = cast("type[Exception]", typer.BadParameter.__base__)
@@ -63,10 +64,12 @@ def run(arguments: Sequence[str]) -> int:
     except typer.Exit as end:  # help was asked for
         return end.exit_code
     except KeyboardInterrupt as error:
-        return _fail(_with_notes("interrupted", error) or "interrupted; nothing was written", _INTERRUPTED, debug)
+        kept = hasattr(error, "__notes__")
+        return _fail(_with_notes("interrupted" if kept else _NOTHING_KEPT, error), _INTERRUPTED, debug)
     except SystemExit as error:  # SIGTERM
-        message = _with_notes("terminated", error)
-        return _fail(message, _status(error), debug) if message else _status(error)
+        if hasattr(error, "__notes__"):
+            _fail(_with_notes("terminated", error), 1, debug)
+        return error.code if isinstance(error.code, int) else 1
     except BrokenPipeError:  # the reader of our output had enough
         return 1
     except _UsageError as error:
@@ -74,22 +77,19 @@ def run(arguments: Sequence[str]) -> int:
     except ValidationError as error:
         return _fail(_first_problem(error), 2, debug)
     except TrimfitError as error:
-        return _fail(_with_notes(str(error), error) or str(error), error.exit_code, debug)
+        return _fail(_with_notes(str(error), error), error.exit_code, debug)
     except Exception as error:
         if _is_out_of_memory(error):
-            return _fail("out of memory; use fewer or shorter windows, or a smaller --batch-size", 1, debug)
+            message = "out of memory; use fewer or shorter windows, or a smaller --batch-size"
+            return _fail(_with_notes(message, error), 1, debug)
         text = str(error).strip().splitlines()
-        return _fail(f"{type(error).__name__}: {text[0] if text else 'no message'} (--debug shows where)", 1, debug)
+        message = f"{type(error).__name__}: {text[0] if text else 'no message'} (--debug shows where)"
+        return _fail(_with_notes(message, error), 1, debug)
 
 
-def _with_notes(message: str, error: BaseException) -> str | None:
-    """The message with what was noted on the error on its way; None when nothing was."""
-    notes: list[str] = getattr(error, "__notes__", [])
-    return "; ".join([message, *notes]) if notes else None
-
-
-def _status(end: SystemExit) -> int:
-    return end.code if isinstance(end.code, int) else 1
+def _with_notes(message: str, error: BaseException) -> str:
+    """The message with what was noted on the error on its way."""
+    return "; ".join([message, *getattr(error, "__notes__", [])])
 
 
 def _invoke(arguments: list[str]) -> None:

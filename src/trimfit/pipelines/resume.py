@@ -40,8 +40,8 @@ def resume(directory: Path, *, device: torch.device | None = None, observer: Obs
     request = _request(out)
     finished = _finished(out)
     if finished is not None and (request is None or request["run"] == finished["run"]):
-        if request is not None:
-            with RunDirectory(out, request):  # under its lock
+        if run_path(out).exists():
+            with RunDirectory(out, {}):  # which removes it, under its lock
                 pass
         report = PruneReport.model_validate({name: finished[name] for name in PruneReport.model_fields})
         return Resumed(out, CalibrationConfig.model_validate(finished["calibration"]), report)

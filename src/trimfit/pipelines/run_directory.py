@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 REQUEST = "run.json"
 _JOURNAL = "journal.jsonl"
 _WINDOWS = "windows.safetensors"
+_MARKS = {REQUEST, _JOURNAL, Path(_JOURNAL).with_suffix(".lock").name}
 
 
 def run_path(out: Path) -> Path:
@@ -81,7 +82,7 @@ class RunDirectory:
         try:
             keep = self._is_useful if self._opened else not self._is_new  # another run is left as it is
             if error is None or not keep:
-                shutil.rmtree(self.path, ignore_errors=True)
+                _remove(self.path)
             elif self._opened:
                 error.add_note(
                     f"what is finished is in {self.path}: the same command, or trimfit resume {self._out}, goes on"
@@ -205,7 +206,17 @@ def _is_run(path: Path) -> bool:
     if not path.is_dir():
         return False
     names = {inner.name for inner in path.iterdir()}
-    return not names or bool(names & {REQUEST, _JOURNAL, Path(_JOURNAL).with_suffix(".lock").name})
+    return not names or not names.isdisjoint(_MARKS)
+
+
+def _remove(path: Path) -> None:
+    """Removes a run directory; until the very end it can be told that it is one."""
+    for inner in path.iterdir():
+        if inner.is_dir():
+            shutil.rmtree(inner, ignore_errors=True)
+        elif inner.name not in _MARKS:
+            inner.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_whole(file: Path, checksum: str) -> bool:

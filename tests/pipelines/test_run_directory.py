@@ -1,0 +1,196 @@
+"""What is finished of a prune survives, is used when it is whole and its own, and never otherwise."""
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from families import FAMILIES, LENGTH, windows
+from transformers import PreTrainedTokenizerFast
+
+from trimfit import CalibrationConfig, InputError, PruneConfig, PruneReport, prune_checkpoint
+from trimfit.pipelines import resume
+from trimfit.pipelines.records import LayerRecord
+from trimfit.pipelines.run_directory import RunDirectory
+
+MODULE = importlib.import_module("trimfit.pipelines.prune")  # its name in the package is the function's
+CPU = torch.device("cpu")
+CONFIG = PruneConfig(selector="wanda", held_out=0.25)
+LAYERS, GROUPS = 2 * 7, 2 * 4
+
+
+class _Killed(BaseException):
+    """Ends a run as nothing in it expects."""
+
+
+class _Killer:
+    """Ends the run after so many layers; counts those that were worked on."""
+
+    def __init__(self, after: int = LAYERS) -> None:
+        self.after, self.seen = after, 0
+
+    def stage(self, text: str) -> None:
+        pass
+
+    def layer(self, record: LayerRecord, done: float) -> None:
+        self.seen += 1
+        if self.seen > self.after:
+            raise _Killed
+
+
+@pytest.fixture
+def source(tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast) -> Path:
+    FAMILIES["llama"].build().save_pretrained(tmp_path / "model", max_shard_size=20_000)
+    word_tokenizer.save_pretrained(tmp_path / "model")
+    numpy.save(tmp_path / "tokens.npy", windows(12).numpy())
+    return tmp_path / "model"
+
+
+def start(source: Path, name: str = "out", after: int = LAYERS, **options: Any) -> PruneReport:
+    calibration = CalibrationConfig(source=str(source.parent / "tokens.npy"), samples=12, sequence_length=LENGTH)
+    config = options.pop("config", CONFIG)
+    observer = _Killer(after)
+    return prune_checkpoint(
+        str(source), source.parent / name, config, calibration, device=CPU, observer=observer, **options
+    )
+
+
+@pytest.fixture
+def run(source: Path) -> Iterator[Path]:
+    """A run that was ended after the first block, o and, half, gate and up of the second."""
+    with pytest.raises(_Killed) as caught:
+        start(source, after=7 + 4 + 1)
+    run = source.parent / "out.run"
+    assert caught.value.__notes__ == [
+        f"what is finished is in {run}: the same command, or trimfit resume {source.parent / 'out'}, goes on"
+    ]
+    assert len(list(run.glob("part-*.safetensors"))) == 4 + 2
+    yield run
+
+
+def assert_as_if_nothing_had_happened(source: Path) -> None:
+    start(source, "plain")
+    out, plain = source.parent / "out", source.parent / "plain"
+    names = {path.name for path in plain.iterdir()}
+    assert {path.name for path in out.iterdir()} == names
+    assert all((out / name).read_bytes() == (plain / name).read_bytes() for name in names - {"trimfit.json"})
+    records = [json.loads((directory / "trimfit.json").read_text())["layers"] for directory in (out, plain)]
+    for record in (*records[0], *records[1]):
+        del record["seconds"], record["peak_memory"]
+    assert records[0] == records[1]
+    assert not (source.parent / "out.run").exists()
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_same_call_goes_on(source: Path, run: Path, offload: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another way, if need be; what is finished is not done again."""
+    before = {path.name: path.stat().st_mtime_ns for path in run.glob("part-*")}
+    made: list[str] = []
+    monkeypatch.setattr(MODULE, "prune_layer", counted(made))
+    with pytest.raises(_Killed):
+        start(source, offload=offload, after=LAYERS - 1)
+    assert {path.name: path.stat().st_mtime_ns for path in run.glob("part-*") if path.name in before} == before
+    start(source, offload=offload)
+    assert sorted(name for name in made if name.startswith("model.layers.0")) == []
+    assert len(made) == 7 - 4 + 1  # down twice: it was killed before it was kept
+    assert_as_if_nothing_had_happened(source)
+
+
+def counted(made: list[str]) -> Any:
+    prune_layer = MODULE.prune_layer
+
+    def count(layer: Any, *arguments: Any) -> LayerRecord:
+        made.append(layer.name)
+        return prune_layer(layer, *arguments)
+
+    return count
+
+
+@pytest.mark.parametrize("damage", ["flip a bit", "cut off", "remove"])
+def test_a_damaged_part_is_done_again(source: Path, run: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    part = run / "part-00002.safetensors"
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 16
+    if damage == "remove":
+        part.unlink()
+    else:
+        part.write_bytes(data if damage == "flip a bit" else data[:-3])
+    resume(source.parent / "out")
+    assert f"{part} is damaged: it is done again, and what came after it" in caplog.text
+    assert_as_if_nothing_had_happened(source)
+
+
+def test_a_damaged_journal_is_refused(source: Path, run: Path) -> None:
+    journal = run / "journal.jsonl"
+    data = bytearray(journal.read_bytes())
+    data[len(data) // 2] ^= 16
+    journal.write_bytes(data)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(InputError, match=r"journal.jsonl, line \d, is damaged; remove"):
+        start(source)
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_what_differs_is_named_and_nothing_is_touched(source: Path, run: Path) -> None:
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(InputError, match=r"differs in config\.selector \(was wanda, is magnitude\)"):
+        start(source, config=CONFIG.model_copy(update={"selector": "magnitude"}))
+    numpy.save(source.parent / "tokens.npy", windows(12, seed=5).numpy())
+    with pytest.raises(InputError, match=r"the calibration windows are not those with which the run in .* began"):
+        resume(source.parent / "out")
+    FAMILIES["llama"].build(seed=1).save_pretrained(source, max_shard_size=20_000)
+    with pytest.raises(InputError, match=r"differs in model \(was"):
+        start(source)
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_a_second_process_is_refused(source: Path, run: Path) -> None:
+    held = RunDirectory(source.parent / "out", {})
+    held.__enter__()
+    for again in (lambda: start(source), lambda: resume(source.parent / "out")):
+        with pytest.raises(InputError, match=r"another process is at work in .*out\.run"):
+            again()
+    held.__exit__(_Killed, _Killed(), None)
+    resume(source.parent / "out")
+    assert_as_if_nothing_had_happened(source)
+
+
+def test_nothing_stays_of_a_run_that_came_to_nothing(source: Path) -> None:
+    with pytest.raises(_Killed):
+        start(source, after=1)
+    assert not (source.parent / "out.run").exists()
+
+
+def test_something_else_in_the_way(source: Path) -> None:
+    other = source.parent / "out.run"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"out\.run is in the way: it is not the directory of a run"):
+        start(source)
+    assert (other / "thesis.txt").read_text() == "mine"
+
+
+def test_there_is_nothing_to_resume(source: Path) -> None:
+    with pytest.raises(InputError, match="there is no run to go on with"):
+        resume(source.parent / "out")
+    report = start(source)
+    assert resume(source.parent / "out").report == report  # what is there already
+
+
+def test_resume_by_the_name_of_the_run_directory(source: Path, run: Path) -> None:
+    assert resume(run).out == source.parent / "out"
+    assert_as_if_nothing_had_happened(source)
+
+
+def test_an_old_output_stays_until_the_new_is_whole(source: Path) -> None:
+    start(source, config=CONFIG.model_copy(update={"sparsity": 0.25}))
+    old = {path.name: path.read_bytes() for path in (source.parent / "out").iterdir()}
+    with pytest.raises(_Killed):
+        start(source, after=10, overwrite=True)
+    assert {path.name: path.read_bytes() for path in (source.parent / "out").iterdir()} == old
+    resume(source.parent / "out")
+    assert_as_if_nothing_had_happened(source)

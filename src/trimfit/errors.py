@@ -19,6 +19,14 @@ class RunError(TrimfitError, RuntimeError):
     exit_code = 1
 
 
+class ToldElsewhere(TrimfitError):
+    """An error that another process of the same run reports to the user."""
+
+    def __init__(self, error: TrimfitError):
+        super().__init__(str(error))
+        self.exit_code = error.exit_code
+
+
 def first_line(error: Exception) -> str:
     """What another library's error says, short enough to stand in a sentence of ours."""
     text = str(error).strip()

@@ -66,12 +66,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
-def make_model(vocabulary: int = VOCABULARY, intermediate: int = 48) -> LlamaForCausalLM:
+def make_model(vocabulary: int = VOCABULARY, intermediate: int = 48, hidden: int = 32) -> LlamaForCausalLM:
     """Two blocks of random bfloat16 weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=32,
+        hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=2,
         num_attention_heads=4,

@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from trimfit.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,24 @@ class Drifted:
 
 
 class MomentSum:
-    """Sums second moments in float32 from upcast inputs, which have any leading shape (..., n) and floating dtype."""
+    """Sums second moments over batches of tokens: products of upcast inputs in float32, their sum in float64.
 
-    def __init__(self) -> None:
+    So the sum hardly depends on the order of the batches. On a device without float64 it is float32.
+
+    - `outputs`: (d) the width of the residual stream, where one is to be looked at.
+    """
+
+    def __init__(self, inputs: int, *, drift: bool = False, outputs: int | None = None):
         self.tokens = 0
+        self._inputs, self._shapes = inputs, {"gram": inputs}
+        if drift:
+            self._shapes["inputs"] = inputs
+            if outputs is not None:
+                self._shapes["residual"] = outputs
         self._sums: dict[str, Tensor] = {}
 
     def add(self, inputs: Tensor, drifted: Drifted | None = None) -> None:
-        """Adds the tokens of `inputs` (..., n)."""
+        """Adds the tokens of `inputs`, of any leading shape (..., n) and floating dtype."""
         x = _rows(inputs)
         self.tokens += len(x)
         self._add("gram", x, x)
@@ -62,19 +75,28 @@ class MomentSum:
             self._add("residual", _rows(drifted.residual) - _rows(drifted.dense_residual), x)
 
     def _add(self, name: str, a: Tensor, b: Tensor) -> None:
-        if name in self._sums:
-            self._sums[name].addmm_(a.T, b)
-        else:
-            self._sums[name] = a.T @ b
+        if name not in self._sums:
+            self._sums[name] = self._zeros(name, a.device)
+        self._sums[name] += a.T @ b
 
-    @property
-    def value(self) -> InputMoments:
-        """The means over the tokens."""
-        if not self._sums:
+    def value(self, device: torch.device, ranks: Ranks = ALONE) -> InputMoments:
+        """The means over the tokens that all of `ranks` have added."""
+        tokens = torch.tensor([self.tokens])
+        ranks.sum(tokens)
+        if not tokens:
             raise ValueError("no tokens were added")
-        mean = {name: total / self.tokens for name, total in self._sums.items()}
+        mean: dict[str, Tensor] = {}
+        for name in self._shapes:
+            total = self._sums.pop(name, None)
+            total = self._zeros(name, device) if total is None else total
+            ranks.sum(total)
+            mean[name] = (total / tokens.item()).float()
         drift = Drift(mean["inputs"], mean.get("residual")) if "inputs" in mean else None
         return InputMoments(mean["gram"], drift)
+
+    def _zeros(self, name: str, device: torch.device) -> Tensor:
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        return torch.zeros(self._shapes[name], self._inputs, dtype=wide, device=device)
 
 
 def _rows(states: Tensor) -> Tensor:

@@ -105,6 +105,7 @@ def prune(
     from trimfit.checkpoints import resolve_device
     from trimfit.cli import show
     from trimfit.pipelines import PruneConfig, prune_checkpoint
+    from trimfit.ranks import joined, local_device
 
     asked: dict[str, Any] = {
         "sparsity": sparsity,
@@ -131,19 +132,22 @@ def prune(
     )
     output = output.expanduser()
     show.quiet_libraries()
-    with show.progress(quiet=json) as observer:
+    here = local_device(resolve_device(device))
+    with joined(here) as ranks, show.progress(quiet=json or not ranks.is_first) as observer:
         report = prune_checkpoint(
             _source(model),
             output,
             config,
             windows,
-            device=resolve_device(device),
+            device=here,
             overwrite=overwrite,
             offload=offload,
             memory_limit=_bytes(memory_limit),
+            ranks=ranks,
             observer=observer,
         )
-    show.prune(report, calibration, output, as_json=json)
+    if ranks.is_first:
+        show.prune(report, calibration, output, as_json=json)
 
 
 def resume(
@@ -155,12 +159,15 @@ def resume(
     from trimfit.checkpoints import resolve_device
     from trimfit.cli import show
     from trimfit.pipelines import resume as go_on
+    from trimfit.ranks import joined, local_device
 
-    directory = directory.expanduser()
+    here = None if device is None else local_device(resolve_device(device))
     show.quiet_libraries()
-    with show.progress(quiet=json) as observer:
-        finished = go_on(directory, device=None if device is None else resolve_device(device), observer=observer)
-    show.prune(finished.report, finished.calibration.source, finished.out, as_json=json)
+    with joined(here or local_device(resolve_device("auto"))) as ranks:
+        with show.progress(quiet=json or not ranks.is_first) as observer:
+            finished = go_on(directory.expanduser(), device=here, ranks=ranks, observer=observer)
+        if ranks.is_first:
+            show.prune(finished.report, finished.calibration.source, finished.out, as_json=json)
 
 
 def quantize(

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from trimfit.cli import commands, compare
-from trimfit.errors import TrimfitError
+from trimfit.errors import ToldElsewhere, TrimfitError
 
 _INTERRUPTED = 130
 _NOTHING_KEPT = "interrupted; nothing was written"
@@ -76,6 +76,8 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(_usage_problem(error), 2, debug)
     except ValidationError as error:
         return _fail(_first_problem(error), 2, debug)
+    except ToldElsewhere as error:
+        return error.exit_code
     except TrimfitError as error:
         return _fail(_with_notes(str(error), error), error.exit_code, debug)
     except Exception as error:

@@ -1,7 +1,7 @@
 """Walks a model block by block over calibration windows, holding one block's hidden states and nothing more."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ from trimfit.models.mode import evaluation_mode
 from trimfit.models.placement import IN_MEMORY, Placement
 from trimfit.models.states import Kept, StateStore
 from trimfit.models.structure import Block, Layer
+from trimfit.ranks import ALONE, Ranks
 from trimfit.timing import stage
 
 _Streams = dict[str, list[Kept]]
@@ -45,6 +46,8 @@ class Walker:
     - `dense`: also follow the dense model: a second stream of hidden states, through a copy of each block made before
       the block changes.
     - `placement`: where weights come from and hidden states wait; all in memory by default.
+    - `ranks`: the processes that share the windows, batch by batch; all of them ask for the same moments.
+    - `alone`: names of sets that are not shared: each process has all of their windows.
     - `to_the_end`: also moves the hidden states through the last block, for `logits`.
     - `frozen`: the model does not change; what a block gives for a batch is then kept when its moments are asked for,
       once for all of its groups.
@@ -59,6 +62,8 @@ class Walker:
     batch_size: int = 8
     dense: bool = False
     placement: Placement = IN_MEMORY
+    ranks: Ranks = ALONE
+    alone: Collection[str] = ()
     to_the_end: bool = False
     frozen: bool = False
     _store: StateStore = field(init=False, default_factory=StateStore)
@@ -103,7 +108,7 @@ class Walker:
         """
         chain = Chain(self.model, self.blocks, self.placement.loaded)
         with torch.no_grad(), evaluation_mode(self.model):
-            for tokens, hidden in zip(self.windows[windows].split(self.batch_size), self._hidden[name], strict=True):
+            for tokens, hidden in zip(self._batches(windows), self._hidden[name], strict=True):
                 yield chain.predict(tokens, self._on_device(hidden.get()), self._calls[len(tokens)])
 
     def groups(self, block: Block) -> list[Group]:
@@ -121,7 +126,7 @@ class Walker:
     def _moments(
         self, block: Block, groups: Sequence[Group], windows: str, dense_block: Block | None
     ) -> list[InputMoments]:
-        sums = [MomentSum() for _ in groups]
+        sums = [_sum(group, drift=dense_block is not None) for group in groups]
         for index, kept in enumerate(self._hidden[windows]):
             batch = self._on_device(kept.get())
             seen, states = self._see(block, groups, batch, residual=dense_block is not None)
@@ -132,7 +137,8 @@ class Walker:
                 continue
             dense_batch = self._on_device(self._dense_hidden[windows][index].get())
             _add_drifted(sums, seen, self._see(dense_block, groups, dense_batch, residual=True)[0])
-        return [total.value for total in sums]
+        with stage("gram"):
+            return [total.value(self.model.device, self.ranks) for total in sums]
 
     def _see(
         self, block: Block, groups: Sequence[Group], batch: Tensor, *, residual: bool
@@ -185,11 +191,16 @@ class Walker:
     def _on_device(self, hidden: Tensor) -> Tensor:
         return hidden.to(self.model.device)
 
+    def _batches(self, name: str) -> list[Tensor]:
+        """Of one set of windows, those that are this process's."""
+        batches = self.windows[name].split(self.batch_size)
+        return list(batches) if name in self.alone else self.ranks.share(batches)
+
     def _start(self) -> None:
         """Catches what the first block receives, and how each block is called for each batch size."""
         chain = Chain(self.model, self.blocks, self.placement.loaded)
         every = torch.cat(list(self.windows.values()))
-        batches = {name: windows.split(self.batch_size) for name, windows in self.windows.items()}
+        batches = {name: self._batches(name) for name in self.windows}
         self._check(chain, [every[:1], every[-1:]])
         for size in {len(batch) for name in batches for batch in batches[name]} - {1}:
             self._calls[size] = chain.record(every[:size], self._calls[1])
@@ -218,6 +229,11 @@ class Walker:
             # Token by token: the few with huge activations, which language models have, must not hide the others.
             if ((states - plain).float().norm(dim=-1) > 1e-2 * plain.float().norm(dim=-1)).any():
                 raise chain.unsuitable()
+
+
+def _sum(group: Group, *, drift: bool) -> MomentSum:
+    outputs, inputs = group.layers[0].weight.shape
+    return MomentSum(inputs, drift=drift, outputs=outputs if group.adds_to else None)
 
 
 def _add(sums: Sequence[MomentSum], seen: Sequence[_Seen]) -> None:

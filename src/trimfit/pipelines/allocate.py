@@ -13,6 +13,7 @@ from trimfit.models import IN_MEMORY, Block, Placement, Walker
 from trimfit.pipelines.checks import naming
 from trimfit.pipelines.observer import Observer, Silent
 from trimfit.pipelines.sensitivity import Probe, looked_at
+from trimfit.ranks import ALONE, Ranks
 from trimfit.refit import FactoredGram
 
 AllocationName = Literal["uniform", "owl", "error"]
@@ -66,6 +67,7 @@ def allocate(
     damping: float = 0.01,
     batch_size: int = 8,
     placement: Placement = IN_MEMORY,
+    ranks: Ranks = ALONE,
     observer: Observer | None = None,
 ) -> Allocation:
     """How many weights each layer loses. Nothing is changed; the model must still be dense.
@@ -74,7 +76,7 @@ def allocate(
     - `windows`: (N, L) int64 calibration windows; "uniform" does not look at them.
     - `method`: "uniform", the same share everywhere; "owl", by blocks, less where there are many outliers; "error", by
       layers, so that the estimated cost in nats is least, which needs a forward pass for each layer, on few windows.
-    - `damping`, `batch_size`: as for `prune`; `placement` as for `Walker`.
+    - `damping`, `batch_size`: as for `prune`; `placement`, `ranks`: as for `Walker`.
 
     Raises `InputError` as `Walker` does, and for layers so small that some would lose all their weights.
     """
@@ -85,13 +87,14 @@ def allocate(
         return _allocation(method, blocks, sizes, dict(zip(sizes, counts, strict=True)))
     (observer or Silent()).stage(f"allocating the sparsity ({method})")
     if method == "owl":
-        walker = Walker(model, blocks, {"all": windows}, batch_size, placement=placement, frozen=True)
+        walker = Walker(model, blocks, {"all": windows}, batch_size, placement=placement, ranks=ranks, frozen=True)
         outliers = _outliers(_walk(walker, damping))
         ratios = [outliers[block.index] for block in blocks for _ in block.layers]
         counts = by_outliers(list(sizes.values()), ratios, sparsity)
         return _allocation(method, blocks, sizes, dict(zip(sizes, counts, strict=True)), outliers=outliers)
     sets = {"all": _enough(windows, blocks), "few": looked_at(windows)}
-    walker = Walker(model, blocks, sets, batch_size, placement=placement, frozen=True, to_the_end=True)
+    alone = ("few",)  # noise has to be the same, whoever makes it
+    walker = Walker(model, blocks, sets, batch_size, False, placement, ranks, alone, to_the_end=True, frozen=True)
     costs = _costs(_walk(walker, damping), Probe(walker, "few"))
     counts = by_error(list(sizes.values()), [costs[name] for name in sizes], sparsity)
     return _allocation(method, blocks, sizes, dict(zip(sizes, counts, strict=True)), costs=costs)

@@ -38,7 +38,7 @@ class InMemory:
         check_finite(self.checkpoint.model)
         return fingerprint(self.checkpoint.model)
 
-    def placement(self, limit: int | None, folder: Path) -> Placement:
+    def placement(self, limit: int | None, folder: Path | None) -> Placement:
         """Hidden states are where the model is, or in files where they are too many."""
         return Placement(limit=limit, folder=folder)
 
@@ -90,7 +90,7 @@ class Offloaded:
         self.stream.load_all_but([block.name for block in blocks])
         return found
 
-    def placement(self, limit: int | None, folder: Path) -> Placement:
+    def placement(self, limit: int | None, folder: Path | None) -> Placement:
         """Hidden states wait on the CPU, or in files where they are too many."""
         return Placement(lambda block: self.stream.loaded(block.name), torch.device("cpu"), limit, folder)
 

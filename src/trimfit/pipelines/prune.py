@@ -33,6 +33,7 @@ from trimfit.pipelines.observer import Observer, Silent
 from trimfit.pipelines.prune_layer import Inputs, prune_layer
 from trimfit.pipelines.records import LayerRecord, PruneReport, peak_memory, versions
 from trimfit.pipelines.row_weights import attention_row_weights
+from trimfit.ranks import ALONE, Ranks
 from trimfit.refit import FactoredGram
 from trimfit.timing import Clock, stage
 
@@ -70,6 +71,7 @@ class PruneRun:
     - `blocks`: with the layers to prune, whose weights are finite.
     - `tokens`, `config`, `observer`: as for `prune`.
     - `placement`: where weights come from and hidden states wait.
+    - `ranks`: the processes that share the run.
     - `ledger`: asked for what is finished already, and given what is finished.
     """
 
@@ -79,6 +81,7 @@ class PruneRun:
     config: PruneConfig
     observer: Observer
     placement: Placement = IN_MEMORY
+    ranks: Ranks = ALONE
     ledger: Ledger = field(default_factory=Blank)
 
     def run(self) -> PruneReport:
@@ -133,6 +136,7 @@ class PruneRun:
             damping=DEFAULT_DAMPING if self.config.damping == "auto" else self.config.damping,
             batch_size=self.config.batch_size,
             placement=self.placement,
+            ranks=self.ranks,
             observer=self.observer,
         )
         self.ledger.keep_allocation(allocation)
@@ -144,7 +148,7 @@ class PruneRun:
         total = sum(layer.weight.numel() for block in self.blocks for layer in block.layers)
         done = 0
         dense = self.config.target == "dense"
-        walker = Walker(self.model, self.blocks, windows, self.config.batch_size, dense, self.placement)
+        walker = Walker(self.model, self.blocks, windows, self.config.batch_size, dense, self.placement, self.ranks)
         self.observer.stage("reading the calibration windows")
         for block in walker:
             self.observer.stage(f"block {block.index + 1} of {len(self.blocks)}")
@@ -188,7 +192,7 @@ def _prune_groups(
             patterns = [_pattern(layer, config, allocation) for layer in group.layers]
             inputs = Inputs(_factorise(group, patterns, fit, held_out, config), fit, held_out, row_weights)
         for layer, pattern in zip(group.layers, patterns, strict=True):
-            yield prune_layer(layer, block.index, inputs, config, pattern)
+            yield prune_layer(layer, block.index, inputs, config, pattern, walker.ranks)
 
 
 def _row_weights(walker: Walker, block: Block, group: Group, fit: InputMoments) -> dict[str, Tensor]:

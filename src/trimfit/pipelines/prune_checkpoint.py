@@ -1,11 +1,13 @@
 """From a checkpoint on disk to a pruned checkpoint on disk."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from trimfit.calibration import CalibrationConfig
+from trimfit.calibration import CalibrationConfig, SelfSample
 from trimfit.checkpoints import Checkpoint, atomic_directory, check_output, load_checkpoint, save_checkpoint
 from trimfit.errors import InputError
 from trimfit.models import find_blocks, select_layers
@@ -16,7 +18,9 @@ from trimfit.pipelines.prune import PruneRun
 from trimfit.pipelines.prune_record import PruneRecord
 from trimfit.pipelines.records import PruneReport, versions
 from trimfit.pipelines.run_directory import RunDirectory
+from trimfit.pipelines.shared import SharedLedger
 from trimfit.pipelines.windows import draw_windows
+from trimfit.ranks import ALONE, Ranks
 
 
 def prune_checkpoint(
@@ -29,12 +33,14 @@ def prune_checkpoint(
     overwrite: bool = False,
     offload: bool = False,
     memory_limit: int | None = None,
+    ranks: Ranks = ALONE,
     observer: Observer | None = None,
 ) -> PruneReport:
     """Prunes the checkpoint `source` and writes `out`: a plain Hugging Face checkpoint with a `trimfit.json` in it.
 
     - `offload`: holds one decoder block at a time on `device`, and leaves the others in their files.
     - `memory_limit`: bytes of hidden states in memory; those above it are in files.
+    - `ranks`: the processes that share the work; only the first of them writes.
 
     What is finished is kept in a `RunDirectory` beside `out`: when a run was ended or killed, the same call goes on
     from there. With calibration on the model itself `calibration.npy` in `out` holds the windows. `out` is there when
@@ -48,33 +54,59 @@ def prune_checkpoint(
         "out": str(out.absolute()),
         "config": config.model_dump(),
         "calibration": calibration.model_dump(),
-        "device": str(device),
+        "device": str(device) if ranks.count == 1 else device.type,
         "overwrite": overwrite,
         "offload": offload,
         "memory_limit": memory_limit,
     }
-    if overwrite:
-        check_source_stays(source, out)
-    check_output(out, overwrite)
-    with RunDirectory(out, request) as run:
+    with ExitStack() as stack:
+        run = ranks.first_only(lambda: _enter(stack, source, out, overwrite, request))
         observer.stage(f"loading {source}")
         opened = Offloaded.open(source, device, calibration) if offload else InMemory(load_checkpoint(source, device))
         checkpoint = opened.checkpoint
         model, blocks = checkpoint.model, select_layers(checkpoint.model, find_blocks(checkpoint.model), config.ignore)
-        check_space(out, model, blocks)
         model_fingerprint = opened.prepare(blocks)
-        run.open(_identity(model_fingerprint, config, calibration))
-        windows, sample = run.windows(lambda: draw_windows(checkpoint, calibration, config.batch_size, observer))
-        placement = opened.placement(memory_limit, run.path)
-        report = PruneRun(model, blocks, windows, config, observer, placement, run).run()
-        record = PruneRecord(
-            checkpoint.source, opened.device, model_fingerprint, calibration, windows, sample, report, run.id
-        )
+        _check_same_model(source, model_fingerprint, ranks)
+
+        def begin(run: RunDirectory) -> tuple[Tensor, SelfSample | None]:
+            check_space(out, model, blocks)
+            run.open(_identity(model_fingerprint, config, calibration))
+            return run.windows(lambda: draw_windows(checkpoint, calibration, config.batch_size, observer))
+
+        windows, sample = ranks.first(lambda: begin(_there(run)))
+        ledger = SharedLedger(run, ranks)
+        placement = opened.placement(memory_limit, run.path if run else None)
+        report = PruneRun(model, blocks, windows, config, observer, placement, ranks, ledger).run()
+
+        def save(run: RunDirectory) -> None:
+            record = PruneRecord(
+                checkpoint.source, opened.device, model_fingerprint, calibration, windows, sample, report, run.id
+            )
+            with atomic_directory(out, overwrite, run.result) as directory:
+                opened.save(directory, record.sidecar(), blocks, run, record.zeros())
+                record.save_windows(directory)
+
         observer.stage(f"writing {out}")
-        with atomic_directory(out, overwrite, run.result) as directory:
-            opened.save(directory, record.sidecar(), blocks, run, record.zeros())
-            record.save_windows(directory)
+        ranks.first(lambda: save(_there(run)))
     return report
+
+
+def _enter(stack: ExitStack, source: str, out: Path, overwrite: bool, request: dict[str, Any]) -> RunDirectory:
+    """The run directory, when `out` can be written."""
+    if overwrite:
+        check_source_stays(source, out)
+    check_output(out, overwrite)
+    return stack.enter_context(RunDirectory(out, request))
+
+
+def _there(run: RunDirectory | None) -> RunDirectory:
+    assert run is not None  # in the first process, which alone asks
+    return run
+
+
+def _check_same_model(source: str, fingerprint: str, ranks: Ranks) -> None:
+    if ranks.first(lambda: fingerprint) != fingerprint:
+        raise InputError(f"the weights of {source} are not the same for all processes; copy the model again")
 
 
 def _identity(model_fingerprint: str, config: PruneConfig, calibration: CalibrationConfig) -> dict[str, Any]:

@@ -15,7 +15,9 @@ from trimfit.pipelines.goal import Goal
 from trimfit.pipelines.layer_error import LayerErrorMeter
 from trimfit.pipelines.records import Accepted, LayerRecord, peak_memory
 from trimfit.pipelines.row_weights import usable
-from trimfit.refit import FactoredGram, RefitSolution, refit
+from trimfit.pipelines.shared import shared_refit
+from trimfit.ranks import ALONE, Ranks
+from trimfit.refit import FactoredGram, RefitSolution
 from trimfit.timing import stage
 
 _CLEARLY = 0.01  # nearer by this share: a selector's own weights may be the optimum too, but for rounding
@@ -34,15 +36,18 @@ class Inputs:
     row_weights: dict[str, Tensor]
 
 
-def prune_layer(layer: Layer, block: int, inputs: Inputs, config: PruneConfig, pattern: Pattern) -> LayerRecord:
-    """Prunes one layer in place."""
+def prune_layer(
+    layer: Layer, block: int, inputs: Inputs, config: PruneConfig, pattern: Pattern, ranks: Ranks = ALONE
+) -> LayerRecord:
+    """Prunes one layer in place; all of `ranks` prune it alike."""
     start = time.perf_counter()
     dense = layer.weight.float().clone(memory_format=torch.contiguous_format)  # GPT-2 keeps it transposed
     goal = Goal(dense, inputs.calibration, config.share)
     with naming(layer):
         row_weights = inputs.row_weights.get(layer.name)
         with stage("mask"):
-            selection = _select(goal.unpruned(inputs.factored), inputs.factored, config.selector, pattern, row_weights)
+            unpruned = goal.unpruned(inputs.factored)
+            selection = _same(_select(unpruned, inputs.factored, config.selector, pattern, row_weights), ranks)
         masked = torch.where(selection.mask, dense, 0.0)
         candidates: dict[Accepted, Tensor] = {"none": masked}
         solution: RefitSolution | None = None
@@ -51,13 +56,14 @@ def prune_layer(layer: Layer, block: int, inputs: Inputs, config: PruneConfig, p
         if config.refit == "optimal":
             target = goal.linear_term(inputs.factored)
             with stage("refit"):
-                solution = refit(
+                solution = shared_refit(
                     inputs.factored,
                     dense,
                     selection.mask,
                     target=target,
                     solver=config.make_solver(),
                     start=selection.weight,
+                    ranks=ranks,
                 )
             candidates = {"optimal": solution.weight, **candidates}
     accepted = _accepted(candidates, dense, inputs.held_out, config)
@@ -98,6 +104,12 @@ def _select(
     scale = usable(row_weights)
     chosen = select(weight * scale, gram, pattern)
     return Selection(chosen.mask, None if chosen.weight is None else chosen.weight / scale)
+
+
+def _same(selection: Selection, ranks: Ranks) -> Selection:
+    """The first process's: a tie that rounding decides is then decided once."""
+    weight = selection.weight
+    return Selection(ranks.same(selection.mask), None if weight is None else ranks.same(weight))
 
 
 def _accepted(

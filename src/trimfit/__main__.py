@@ -1,0 +1,5 @@
+"""`python -m trimfit`, as torchrun starts it."""
+
+from trimfit.cli.main import main
+
+main()

@@ -1,0 +1,80 @@
+"""What the processes of a run share: the rows of a refit, and the ledger that the first of them keeps."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from trimfit.models import Layer
+from trimfit.pipelines.allocate import Allocation
+from trimfit.pipelines.ledger import Ledger
+from trimfit.pipelines.records import LayerRecord
+from trimfit.ranks import Ranks
+from trimfit.refit import Auto, Certificate, FactoredGram, RefitSolution, Solver, Status, refit
+
+_FEWEST_ROWS = 64  # in a chunk: fewer are no work for a GEMM
+_MOST_CHUNKS = 16  # of a layer
+
+
+def shared_refit(
+    gram: FactoredGram,
+    weight: Tensor,
+    mask: Tensor,
+    *,
+    target: Tensor | None,
+    start: Tensor | None,
+    solver: Solver | Auto,
+    ranks: Ranks,
+) -> RefitSolution:
+    """As `refit`, in chunks of rows that are the same however many processes share them, and so is the result."""
+    if isinstance(solver, Auto):
+        solver = solver.choose(gram.certifiable, mask)  # for all rows
+    chosen, size = solver, max(_FEWEST_ROWS, -(-len(weight) // _MOST_CHUNKS))
+
+    def solve(rows: slice) -> RefitSolution:
+        goal, first = (None if what is None else what[rows] for what in (target, start))
+        return refit(gram, weight[rows], mask[rows], target=goal, start=first, solver=chosen)
+
+    chunks = [slice(first, min(first + size, len(weight))) for first in range(0, len(weight), size)]
+    own = [solve(rows) for rows in ranks.share(chunks)]
+    statuses, counts = list(Status), [rows.stop - rows.start for rows in chunks]
+    certificates = [(part.certificate.gap, part.certificate.gain, part.certificate.scale) for part in own]
+    return RefitSolution(
+        weight=ranks.gather([part.weight for part in own], counts, weight.float()),
+        certificate=Certificate(
+            *(ranks.gather([c[i] for c in certificates], counts, weight.new_empty(0).double()) for i in range(3))
+        ),
+        status=statuses[int(ranks.largest(max((statuses.index(part.status) for part in own), default=0)))],
+        steps=int(ranks.largest(max((part.steps for part in own), default=0))),
+        damping=gram.certifiable.damping,
+        solver=chosen,
+        seconds=sum(part.seconds for part in own),
+    )
+
+
+class SharedLedger:
+    """The ledger of the first process, which all ask; the others have none."""
+
+    def __init__(self, ledger: Ledger | None, ranks: Ranks):
+        self._ledger, self._ranks = ledger, ranks
+        self.seconds, self.allocation = ranks.first(lambda: (self._first.seconds, self._first.allocation))
+
+    @property
+    def _first(self) -> Ledger:
+        assert self._ledger is not None
+        return self._ledger
+
+    def keep_allocation(self, allocation: Allocation) -> None:
+        """The first process keeps it."""
+        self._ranks.first(lambda: self._first.keep_allocation(allocation))
+
+    def restore(self, layers: Sequence[Layer]) -> list[LayerRecord] | None:
+        """What the first process restores, all have."""
+        records = self._ranks.first(lambda: self._first.restore(layers))
+        if records is not None:
+            for layer in layers:
+                layer.write(self._ranks.same(layer.weight.clone()))
+        return records
+
+    def keep(self, layers: Sequence[Layer], records: Sequence[LayerRecord], seconds: float) -> None:
+        """The first process keeps them."""
+        self._ranks.first(lambda: self._first.keep(layers, records, seconds))

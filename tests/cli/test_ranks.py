@@ -1,0 +1,123 @@
+"""Several processes share a run: the result is that of one, and one that dies ends them all, resumably."""
+
+import json
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from cli_helpers import environment, make_model, nothing_but, save_model, trimfit
+from safetensors.torch import load_file
+
+PROGRAM = Path(__file__).with_name("forked_ranks.py")
+TORCHRUN = Path(sysconfig.get_path("scripts")) / "torchrun"
+OPTIONS = ("--samples", "20", "--sequence-length", "32", "--batch-size", "2")
+
+
+class Ended(NamedTuple):
+    """One of the processes."""
+
+    status: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+
+def run(count: int, *command: str | Path, victim: int = -1) -> list[Ended]:
+    done = subprocess.run(
+        [sys.executable, PROGRAM, str(count), str(victim), *command],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        check=True,
+        timeout=240,
+    )
+    return [Ended(*ended) for ended in json.loads(done.stdout)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With layers of several chunks of rows."""
+    return save_model(tmp_path_factory.mktemp("models") / "wide", make_model(hidden=160, intermediate=176))
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    assert trimfit("prune", model, "-o", out, "--calibration", text, *OPTIONS).status == 0
+    return out
+
+
+def assert_the_same(out: Path, alone: Path) -> None:
+    """Rows are solved in the same chunks, wherever that is; sums of moments may differ where a rounding is close."""
+    found, expected = load_file(out / "model.safetensors"), load_file(alone / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(found[name] == 0, weight == 0)
+        torch.testing.assert_close(found[name], weight, rtol=1e-2, atol=1e-4)  # bfloat16
+    records: list[dict[str, Any]] = [json.loads((d / "trimfit.json").read_text()) for d in (out, alone)]
+    assert records[0]["fingerprints"] == records[1]["fingerprints"]
+    assert records[0]["allocation"] == records[1]["allocation"]
+    for mine, other in zip(records[0]["layers"], records[1]["layers"], strict=True):
+        assert mine["accepted"] == other["accepted"]
+        assert mine["final"]["calibration"] == pytest.approx(other["final"]["calibration"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("count", "options"), [(2, ("--offload",)), (4, ())])
+def test_shared_by_several(
+    model: Path, text: Path, tmp_path: Path, alone: Path, count: int, options: tuple[str, ...]
+) -> None:
+    """Of four, the windows held out are in two batches: two processes have none."""
+    ended = run(count, "prune", model, "-o", tmp_path / "out", "--calibration", text, *OPTIONS, *options)
+    assert [one.status for one in ended] == [0] * count, ended
+    assert "written to" in ended[0].stdout
+    assert all(one.stdout == "" for one in ended[1:])
+    assert nothing_but(tmp_path, ["out"])
+    assert_the_same(tmp_path / "out", alone)
+
+
+def test_torchrun(model: Path, text: Path, tmp_path: Path, alone: Path) -> None:
+    command = ("prune", model, "-o", tmp_path / "out", "--calibration", text, *OPTIONS)
+    done = subprocess.run(
+        [TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "trimfit", *command],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to") == 1
+    assert_the_same(tmp_path / "out", alone)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_that_dies_ends_all_and_others_go_on(
+    model: Path, text: Path, tmp_path: Path, alone: Path, victim: int
+) -> None:
+    out = tmp_path / "out"
+    ended = run(2, "prune", model, "-o", out, "--calibration", text, *OPTIONS, victim=victim)
+    survivor = ended[1 - victim]
+    assert ended[victim].status == -9
+    assert survivor.status == 1
+    assert survivor.seconds - ended[victim].seconds < 60
+    message = survivor.stderr.strip().splitlines()[-1]
+    assert message.startswith("error: another process of this run has ended or cannot be reached")
+    assert "Traceback" not in survivor.stderr
+    assert nothing_but(tmp_path, ["out.run"])
+    parts = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.run").glob("part-*.safetensors")}
+    assert len(parts) > 2
+    assert [one.status for one in run(3, "resume", out)] == [0, 0, 0]
+    assert nothing_but(tmp_path, ["out"])
+    assert_the_same(out, alone)
+
+
+def test_wrong_input_is_said_once(model: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    ended = run(2, "prune", model, "-o", tmp_path / "out", "--calibration", text, *OPTIONS)
+    assert [one.status for one in ended] == [2, 2]
+    assert "out exists already" in ended[0].stderr
+    assert ended[1].stderr == ""

@@ -1,6 +1,5 @@
 """Copies the files of a checkpoint and puts other bytes in place of some of its weights."""
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from torch import Tensor
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from trimfit.checkpoints.save import write_sidecar
-from trimfit.checkpoints.shards import INDEX, read_tensor
+from trimfit.checkpoints.shards import INDEX, read_spans, read_tensor
 from trimfit.checkpoints.stream import Place, Stream
 from trimfit.checkpoints.tensor_bytes import tensor_bytes
 from trimfit.errors import InputError, RunError
@@ -68,14 +67,12 @@ def _save_rest(stream: Stream, directory: Path, sidecar: Mapping[str, Any]) -> N
 
 
 def _overwrite(file: Path, place: Place, weight: Tensor) -> None:
-    """In a safetensors file: the length of a header, the header, and the bytes that it tells of."""
+    start, end = read_spans(file)[place.name]
+    data = tensor_bytes(weight)
+    if end - start != data.nbytes:
+        raise RunError(f"{place.name} has another size than before; nothing was kept, please report this")
     with file.open("r+b") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        start, end = json.loads(opened.read(size))[place.name]["data_offsets"]
-        data = tensor_bytes(weight)
-        if end - start != data.nbytes:
-            raise RunError(f"{place.name} has another size than before; nothing was kept, please report this")
-        opened.seek(8 + size + start)
+        opened.seek(start)
         opened.write(data)
 
 

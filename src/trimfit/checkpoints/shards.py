@@ -1,7 +1,8 @@
 """How the weights of a checkpoint are split in files."""
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +71,26 @@ def read_tensor(file: Path, name: str) -> Tensor:
     """One tensor, mapped from the file for as long as there is a view of it; what is changed in it stays in memory."""
     with safe_open(file, framework="pt") as tensors:
         return tensors.get_tensor(name)
+
+
+def read_spans(file: Path) -> dict[str, tuple[int, int]]:
+    """Where in a safetensors file the bytes of each tensor begin and end.
+
+    The file is the length of a header, the header, and the bytes that it tells of.
+    """
+    with file.open("rb") as opened:
+        start = 8 + (size := int.from_bytes(opened.read(8), "little"))
+        header: dict[str, Any] = json.loads(opened.read(size))
+    header.pop("__metadata__", None)
+    return {
+        name: (start + entry["data_offsets"][0], start + entry["data_offsets"][1]) for name, entry in header.items()
+    }
+
+
+def read_ahead(file: Path, spans: Iterable[tuple[int, int]]) -> None:
+    """Asks the system to read parts of a file in the background, where it can be asked."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with file.open("rb") as opened:
+        for start, end in spans:
+            os.posix_fadvise(opened.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)

@@ -13,7 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimfit.checkpoints.load import Checkpoint, load_checkpoint
-from trimfit.checkpoints.shards import INDEX, SINGLE, read_tensor, shard_files, source_directory
+from trimfit.checkpoints.shards import (
+    INDEX,
+    SINGLE,
+    read_ahead,
+    read_spans,
+    read_tensor,
+    shard_files,
+    source_directory,
+)
 from trimfit.timing import stage
 
 log = logging.getLogger(__name__)
@@ -53,18 +61,32 @@ class Stream:
         return ((name, self.read(name)) for name in sorted(self.places))
 
     @contextmanager
-    def loaded(self, block: str) -> Generator[None]:
-        """Puts the weights of a submodule into the model while the context lasts; what becomes of them ends with it."""
+    def loaded(self, block: str, then: str | None = None) -> Generator[None]:
+        """Puts the weights of a submodule into the model while the context lasts; what becomes of them ends with it.
+
+        The system reads those of the submodule `then` in the background meanwhile.
+        """
         module = self.checkpoint.model.get_submodule(block)
         with stage("load"):
             weights = {name: self.read(f"{block}.{name}").to(self.device) for name in module.state_dict()}
             module.load_state_dict(weights, assign=True)
             self._put_buffers(f"{block}.")
         del weights
+        if then is not None:
+            self._read_ahead(f"{then}.")
         try:
             yield
         finally:
             module.to("meta")
+
+    def _read_ahead(self, prefix: str) -> None:
+        names: dict[Path, list[str]] = {}
+        for name, place in self.places.items():
+            if name.startswith(prefix):
+                names.setdefault(place.file, []).append(place.name)
+        for file, stored in names.items():
+            spans = read_spans(file)
+            read_ahead(file, [spans[name] for name in stored])
 
     def load_all_but(self, blocks: Sequence[str]) -> None:
         """Puts everything else into the model, for as long as it lives: with one block `loaded` it can run."""

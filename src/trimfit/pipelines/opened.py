@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -92,7 +93,12 @@ class Offloaded:
 
     def placement(self, limit: int | None, folder: Path | None) -> Placement:
         """Hidden states wait on the CPU, or in files where they are too many."""
-        return Placement(lambda block: self.stream.loaded(block.name), torch.device("cpu"), limit, folder)
+        return Placement(self._loaded, torch.device("cpu"), limit, folder)
+
+    def _loaded(self, block: Block) -> AbstractContextManager[None]:
+        """With the block behind it on its way."""
+        stack, _, number = block.name.rpartition(".")
+        return self.stream.loaded(block.name, then=f"{stack}.{int(number) + 1}")
 
     def save(
         self,

@@ -1,15 +1,33 @@
 """What all benchmark scripts share."""
 
+import argparse
 import datetime
 import importlib.metadata
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from trimfit.calibration import read_documents
+import trimfit
+from trimfit.calibration import CalibrationConfig, read_documents
 from trimfit.calibration.standard_library import EVALUATION, read_modules
+from trimfit.demo.run import model_path
+from trimfit.evaluate import Score, score_text
+from trimfit.masks import parse_pattern
+from trimfit.models import find_blocks
+from trimfit.report.spread import Spread
+
+PATTERNS: dict[str, dict[str, Any]] = {
+    "50%": {"sparsity": 0.5},
+    "60%": {"sparsity": 0.6},
+    "70%": {"sparsity": 0.7},
+    "2:4": {"pattern": "2:4"},
+    "4:8": {"pattern": "4:8"},
+}
 
 
 def quiet() -> None:
@@ -45,3 +63,69 @@ def documents(name: str, characters: int | None, skip: float) -> list[str]:
         return texts
     starts = [max(0, (len(text) - characters) // 2) for text in texts]
     return [text[start : start + characters] for text, start in zip(texts, starts, strict=True)]
+
+
+def parser(description: str | None, *, seeds: int, samples: int = 64) -> argparse.ArgumentParser:
+    """Arguments of every table: the model, what it is calibrated and scored on, and how many draws there are."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="directory or hub name, or demo for the embedded model")
+    parser.add_argument("--calibration", required=True, help="text file, demo, or self")
+    parser.add_argument("--text", required=True, help="what is scored: text file or demo")
+    parser.add_argument(
+        "--skip", type=float, default=0.0, help="share of the text's documents, from its start, to skip"
+    )
+    parser.add_argument("--characters", type=int, help="of each document to score, from its middle")
+    parser.add_argument("--samples", type=int, default=samples, help="calibration windows")
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--seeds", type=int, default=seeds, help="draws of the calibration windows")
+    parser.add_argument("--json", type=Path, help="file for the raw numbers")
+    return parser
+
+
+class Bench:
+    """The model and the text that the arguments of `parser` name; the dense weights are kept beside the model.
+
+    `dense` is the score of the model as it came. With `float32` the model is in that, whatever it was stored in.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, *, float32: bool = False):
+        quiet()
+        source = str(model_path()) if arguments.model == "demo" else arguments.model
+        self.checkpoint = trimfit.load_checkpoint(source)
+        self.model, self.tokenizer = self.checkpoint.model, self.checkpoint.tokenizer
+        if float32:
+            self.model.float()
+        self.texts = documents(arguments.text, arguments.characters, arguments.skip)
+        self.length: int = arguments.sequence_length
+        self._samples: int = arguments.samples
+        self._state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.dense = self.score()
+
+    def windows(self, source: str, seed: int, samples: int | None = None) -> Tensor:
+        """(samples, length) calibration windows; those of "self" are written by the model as it is now."""
+        samples = samples or self._samples
+        config = CalibrationConfig(source=source, samples=samples, sequence_length=self.length, seed=seed)
+        return config.windows(self.tokenizer, self.model)
+
+    def restore(self) -> None:
+        """Gives the model its dense weights back."""
+        self.model.load_state_dict(self._state)
+
+    def score(self, model: PreTrainedModel | None = None) -> Score:
+        """How well `model` (by default the bench's own, as it is now) predicts the text."""
+        return score_text(model or self.model, self.tokenizer, self.texts, length=self.length)
+
+
+def indivisible(model: PreTrainedModel, pattern: dict[str, Any]) -> tuple[str, ...]:
+    """Layers whose width the pattern does not divide; they stay dense."""
+    if "pattern" not in pattern:
+        return ()
+    m = parse_pattern(pattern["pattern"]).m
+    layers = [layer for block in find_blocks(model) for layer in block.layers if layer.weight.shape[1] % m]
+    return tuple(layer.name for layer in layers)
+
+
+def mean_std(values: list[float], form: str) -> str:
+    """Mean ± std of the values, for a table; the value where there is one, a dash where there is none."""
+    spread = Spread.of(values)
+    return "–" if spread is None else spread.text(form)

@@ -15,7 +15,6 @@ GPTQ is on the asymmetric grid that trimfit fits to each layer. Left alone it ta
 orders columns by activation ("static"). Ours is that of quantize_table.py. Prints Markdown tables.
 """
 
-import argparse
 import copy
 import json
 import os
@@ -23,28 +22,23 @@ import statistics
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
-from common import documents, machine, quiet
+from common import PATTERNS, Bench, machine, mean_std, parser
 from quantize_table import gptq
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import trimfit
-from trimfit.calibration import CalibrationConfig
-from trimfit.checkpoints import Checkpoint
-from trimfit.demo.run import model_path
-from trimfit.evaluate import Score, score_text
+from trimfit.evaluate import Score
 from trimfit.masks import SELECTORS, Unstructured
 from trimfit.models import Walker, find_blocks
 from trimfit.quant import Grid
 
-PATTERNS: dict[str, dict[str, Any]] = {"50%": {"sparsity": 0.5}, "60%": {"sparsity": 0.6}, "2:4": {"pattern": "2:4"}}
 DAMPING = 0.01
 BATCH = 8
 HEAD = "re:.*lm_head.*"
@@ -155,32 +149,21 @@ def their_gptq(bits: int, group_size: int, observer: str | None = None, **order:
     return compress
 
 
-class Bench:
-    """One model and text; every cell starts from a fresh copy of the dense model."""
+def divides(bench: Bench, sparsity: float) -> bool:
+    """Whether this share of each row is a whole number of weights in every layer."""
+    widths = {layer.weight.shape[1] for block in find_blocks(bench.model) for layer in block.layers}
+    return all((Fraction(str(sparsity)) * width).denominator == 1 for width in widths)
 
-    def __init__(self, checkpoint: Checkpoint, texts: list[str], length: int):
-        self._model, self._tokenizer = checkpoint.model.float(), checkpoint.tokenizer
-        self._texts, self._length = texts, length
-        self.dense = self._score(self._model)
 
-    def windows(self, source: str, samples: int, seed: int) -> Tensor:
-        config = CalibrationConfig(source=source, samples=samples, sequence_length=self._length, seed=seed)
-        return config.windows(self._tokenizer, self._model)
+def measure(bench: Bench, compress: Compress, windows: Tensor) -> tuple[Score, list[Tensor]]:
+    """The score of the compressed model, and where each layer's weights are not zero.
 
-    def divides(self, sparsity: float) -> bool:
-        """Whether this share of each row is a whole number of weights in every layer."""
-        widths = {layer.weight.shape[1] for block in find_blocks(self._model) for layer in block.layers}
-        return all((Fraction(str(sparsity)) * width).denominator == 1 for width in widths)
-
-    def measure(self, compress: Compress, windows: Tensor) -> tuple[Score, list[Tensor]]:
-        """The score of the compressed model, and where each layer's weights are not zero."""
-        model = copy.deepcopy(self._model)
-        compress(model, windows)
-        layers = [layer for block in find_blocks(model) for layer in block.layers]
-        return self._score(model), [layer.weight != 0 for layer in layers]
-
-    def _score(self, model: PreTrainedModel) -> Score:
-        return score_text(model, self._tokenizer, self._texts, length=self._length)
+    On a copy: llm-compressor leaves more behind in a model than other weights.
+    """
+    model = copy.deepcopy(bench.model)
+    compress(model, windows)
+    layers = [layer for block in find_blocks(model) for layer in block.layers]
+    return bench.score(model), [layer.weight != 0 for layer in layers]
 
 
 def prune_cells(bench: Bench, windows: Sequence[Tensor], patterns: Sequence[str]) -> list[dict[str, Any]]:
@@ -191,12 +174,12 @@ def prune_cells(bench: Bench, windows: Sequence[Tensor], patterns: Sequence[str]
             ours = {selector: our_pruner(selector, pattern)}
             if selector == "sparsegpt" and "sparsity" in pattern:
                 ours["sparsegpt, its counts"] = sparsegpt_with_their_counts(pattern)
-            if selector == "wanda" and not bench.divides(pattern.get("sparsity", 0)):
+            if selector == "wanda" and not divides(bench, pattern.get("sparsity", 0)):
                 ours["wanda, its counts"] = wanda_with_their_counts(pattern["sparsity"])
             for seed, tokens in enumerate(windows):
-                theirs, their_masks = bench.measure(their_pruner(selector, pattern), tokens)
+                theirs, their_masks = measure(bench, their_pruner(selector, pattern), tokens)
                 for name, compress in ours.items():
-                    score, masks = bench.measure(compress, tokens)
+                    score, masks = measure(bench, compress, tokens)
                     cell = {"method": name, "pattern": label, "seed": seed}
                     cell |= {"theirs": theirs.perplexity, "ours": score.perplexity}
                     cell |= {"their_zeros": zeros(their_masks), "zeros": zeros(masks)}
@@ -227,7 +210,7 @@ def gptq_cells(bench: Bench, windows: Sequence[Tensor], bits: Sequence[int], gro
         }
         for name, compress in methods.items():
             for seed, tokens in enumerate(windows):
-                score, _ = bench.measure(compress, tokens)
+                score, _ = measure(bench, compress, tokens)
                 cell = {"method": name, "bits": width, "seed": seed, "excess": score.nats - bench.dense.nats}
                 cells.append(cell)
                 print(json.dumps(cell), flush=True)
@@ -242,8 +225,8 @@ def prune_table(cells: list[dict[str, Any]]) -> str:
         differences = [100 * (cell["ours"] / cell["theirs"] - 1) for cell in found]
         shares = [100 * statistics.mean(cell[name] for cell in found) for name in ("their_zeros", "zeros", "same")]
         lines.append(
-            f"| {key[0]} | {key[1]} | {spread([cell['theirs'] for cell in found], '.3f')} | "
-            f"{spread([cell['ours'] for cell in found], '.3f')} | {spread(differences, '+.2f')} % | "
+            f"| {key[0]} | {key[1]} | {mean_std([cell['theirs'] for cell in found], '.3f')} | "
+            f"{mean_std([cell['ours'] for cell in found], '.3f')} | {mean_std(differences, '+.2f')} % | "
             f"{shares[0]:.2f} / {shares[1]:.2f} % | {shares[2]:.2f} % |"
         )
     return "\n".join(lines)
@@ -254,36 +237,18 @@ def gptq_table(cells: list[dict[str, Any]]) -> str:
     lines = ["| method | " + " | ".join(f"{b} bit" for b in bits) + " |", "|---|" + "---|" * len(bits)]
     for name in dict.fromkeys(cell["method"] for cell in cells):
         row = [[cell["excess"] for cell in cells if (cell["method"], cell["bits"]) == (name, b)] for b in bits]
-        lines.append(f"| {name} | " + " | ".join(spread(values, ".4f") for values in row) + " |")
+        lines.append(f"| {name} | " + " | ".join(mean_std(values, ".4f") for values in row) + " |")
     return "\n".join(lines)
 
 
-def spread(values: Sequence[float], form: str) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):{form}} ± {deviation:{form.removeprefix('+')}}"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--skip", type=float, default=0.0, help="share of the text's documents to skip at its start")
-    parser.add_argument("--characters", type=int, help="of each document to score, from its middle")
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--patterns", nargs="*", choices=PATTERNS, default=list(PATTERNS))
-    parser.add_argument("--bits", type=int, nargs="*", default=[3, 4])
-    parser.add_argument("--group", type=int, default=64)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-
-    quiet()
-    checkpoint = trimfit.load_checkpoint(str(model_path()) if arguments.model == "demo" else arguments.model)
-    texts = documents(arguments.text, arguments.characters, arguments.skip)
-    bench = Bench(checkpoint, texts, arguments.sequence_length)
-    windows = [bench.windows(arguments.calibration, arguments.samples, seed) for seed in range(arguments.seeds)]
+    options = parser(__doc__, seeds=3)
+    options.add_argument("--patterns", nargs="*", choices=PATTERNS, default=["50%", "60%", "2:4"])
+    options.add_argument("--bits", type=int, nargs="*", default=[3, 4])
+    options.add_argument("--group", type=int, default=64)
+    arguments = options.parse_args()
+    bench = Bench(arguments, float32=True)
+    windows = [bench.windows(arguments.calibration, seed) for seed in range(arguments.seeds)]
     pruned = prune_cells(bench, windows, arguments.patterns)
     quantized = gptq_cells(bench, windows, arguments.bits, arguments.group)
 

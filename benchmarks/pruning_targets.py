@@ -15,23 +15,17 @@ All see each group of layers through what is pruned already. Excess is ln perple
 Prints each cell as it comes, then Markdown tables.
 """
 
-import argparse
 import itertools
 import json
 import math
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 from alps import alps
-from common import documents, machine, quiet
-from paper_table import PATTERNS, indivisible
+from common import PATTERNS, Bench, indivisible, machine, mean_std, parser
 
 import trimfit
-from trimfit.calibration import CalibrationConfig
-from trimfit.demo.run import model_path
-from trimfit.evaluate import score_text
 from trimfit.masks import SELECTORS, Selector
 
 PLAIN: dict[str, Any] = {"target": "layer", "guard": False}
@@ -50,62 +44,40 @@ DEFAULT = ["best", "best, self", "OPTIMA", "SparseGPT", "ALPS"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--skip", type=float, default=0.0, help="share of the text's documents, from its start")
-    parser.add_argument("--characters", type=int, help="of each document to score, from its middle")
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--patterns", nargs="*", default=list(PATTERNS))
-    parser.add_argument("--methods", nargs="*", default=DEFAULT)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-
-    quiet()
+    options = parser(__doc__, seeds=5)
+    options.add_argument("--patterns", nargs="*", default=list(PATTERNS))
+    options.add_argument("--methods", nargs="*", default=DEFAULT)
+    arguments = options.parse_args()
     SELECTORS["alps"] = Selector(alps, "layer", updates_weights=True)
-    source = str(model_path()) if arguments.model == "demo" else arguments.model
-    checkpoint = trimfit.load_checkpoint(source)
-    model, tokenizer = checkpoint.model, checkpoint.tokenizer
-    texts = documents(arguments.text, arguments.characters, arguments.skip)
-    length = arguments.sequence_length
-    dense_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    dense = score_text(model, tokenizer, texts, length=length)
+    bench = Bench(arguments)
 
     cells: list[dict[str, Any]] = []
     for seed in range(arguments.seeds):
-        model.load_state_dict(dense_state)
+        bench.restore()
         sources = {"self" if name.endswith("self") else arguments.calibration for name in arguments.methods}
-        windows = {
-            source: CalibrationConfig(
-                source=source, samples=arguments.samples, sequence_length=length, seed=seed
-            ).windows(tokenizer, model)
-            for source in sources
-        }
+        windows = {source: bench.windows(source, seed) for source in sources}
         for label, method in itertools.product(arguments.patterns, arguments.methods):
-            model.load_state_dict(dense_state)
+            bench.restore()
             pattern = PATTERNS[label]
             config = trimfit.PruneConfig.model_validate(
-                {"ignore": indivisible(model, pattern), **_possible(METHODS[method], pattern), **pattern}
+                {"ignore": indivisible(bench.model, pattern), **_possible(METHODS[method], pattern), **pattern}
             )
             start = time.perf_counter()
-            trimfit.prune(model, windows["self" if method.endswith("self") else arguments.calibration], config)
+            trimfit.prune(bench.model, windows["self" if method.endswith("self") else arguments.calibration], config)
             seconds = time.perf_counter() - start
-            excess = math.log(score_text(model, tokenizer, texts, length=length).perplexity / dense.perplexity)
+            excess = math.log(bench.score().perplexity / bench.dense.perplexity)
             cells.append({"pattern": label, "method": method, "seed": seed, "excess": excess, "seconds": seconds})
             print(json.dumps(cells[-1]), flush=True)
 
     print(f"\n{machine()}\n")
     print(
-        f"{arguments.model}: {arguments.samples} windows of {length} tokens ({arguments.calibration}), an eighth held "
-        f"out; {dense.tokens:,} tokens scored ({arguments.text}); dense perplexity {dense.perplexity:.3f}; "
-        f"{arguments.seeds} seeds, mean ± std.\n"
+        f"{arguments.model}: {arguments.samples} windows of {bench.length} tokens ({arguments.calibration}), an eighth "
+        f"held out; {bench.dense.tokens:,} tokens scored ({arguments.text}); dense perplexity "
+        f"{bench.dense.perplexity:.3f}; {arguments.seeds} seeds, mean ± std.\n"
     )
     print(tables(cells))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"dense": dense.perplexity, "cells": cells}, indent=1))
+        arguments.json.write_text(json.dumps({"dense": bench.dense.perplexity, "cells": cells}, indent=1))
 
 
 def _possible(options: dict[str, Any], pattern: dict[str, Any]) -> dict[str, Any]:
@@ -128,8 +100,7 @@ def tables(cells: list[dict[str, Any]]) -> str:
 
     lines = [line("excess nats", patterns), "|---|" + "---|" * len(patterns)]
     for method in methods:
-        spreads = [statistics.stdev(v) if len(v := values(method, p, "excess")) > 1 else 0.0 for p in patterns]
-        entries = [f"{mean(method, p):.4f} ± {spread:.4f}" for p, spread in zip(patterns, spreads, strict=True)]
+        entries = [mean_std(values(method, p, "excess"), ".4f") for p in patterns]
         lines.append(line(method, entries))
     lines += ["", line("best, as a share of", patterns), "|---|" + "---|" * len(patterns)]
     for method in methods[1:]:

@@ -19,18 +19,15 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import documents, machine, quiet
+from common import Bench, machine, mean_std, parser
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import trimfit
-from trimfit.calibration import CalibrationConfig, added_tokens, encode_documents, sample_windows
-from trimfit.demo.run import model_path
-from trimfit.evaluate import score_text
+from trimfit.calibration import added_tokens, encode_documents, sample_windows
 from trimfit.models import Walker, find_blocks, find_folds
 from trimfit.pipelines.fold_block import balance_hidden, balance_inputs
 from trimfit.quant import Grid, place_levels
@@ -146,58 +143,39 @@ CALIBRATION_FREE = ("round to nearest", "hqq", "sinq", "sinq + hqq")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--text", required=True)
-    parser.add_argument(
-        "--skip", type=float, default=0.0, help="share of the text's documents, from its start, to skip"
-    )
-    parser.add_argument("--characters", type=int, help="of each document to score, from its middle")
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--seeds", type=int, default=3, help="of calibration windows")
-    parser.add_argument("--bits", type=int, nargs="*", default=[3, 4])
-    parser.add_argument("--groups", nargs="*", default=["64"])
-    parser.add_argument("--set", choices=SETS, default="peers")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-
-    quiet()
-    checkpoint = trimfit.load_checkpoint(str(model_path()) if arguments.model == "demo" else arguments.model)
-    model, tokenizer = checkpoint.model.float(), checkpoint.tokenizer
-    texts = documents(arguments.text, arguments.characters, arguments.skip)
-    length = arguments.sequence_length
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    dense = score_text(model, tokenizer, texts, length=length)
-    divergence = Divergence(checkpoint, texts, length)
+    options = parser(__doc__, seeds=3, samples=128)
+    options.add_argument("--bits", type=int, nargs="*", default=[3, 4])
+    options.add_argument("--groups", nargs="*", default=["64"])
+    options.add_argument("--set", choices=SETS, default="peers")
+    arguments = options.parse_args()
+    bench = Bench(arguments, float32=True)
+    divergence = Divergence(bench)
 
     windows: dict[tuple[str, int], Tensor | None] = {("", 0): None}
     for seed in range(arguments.seeds):
         for data, source in (("text", arguments.calibration), ("self", "self")):
-            config = CalibrationConfig(source=source, samples=arguments.samples, sequence_length=length, seed=seed)
-            windows[data, seed] = config.windows(tokenizer, model)
+            windows[data, seed] = bench.windows(source, seed)
 
     cells: list[dict[str, Any]] = []
     for name, bits, group, seed in _grid(arguments):
         quantize, data = SETS[arguments.set][name]
         if (data, seed) not in windows:
             continue
-        model.load_state_dict(state)
+        bench.restore()
         start = time.perf_counter()
         try:
-            quantize(model, Grid(bits, None if group == "channel" else int(group)), windows[data, seed])
+            quantize(bench.model, Grid(bits, None if group == "channel" else int(group)), windows[data, seed])
         except ImportError as error:
             print(f"{name} is left out: {error}", flush=True)
             continue
         seconds = time.perf_counter() - start
-        score = score_text(model, tokenizer, texts, length=length)
+        score = bench.score()
         cell = {
             "method": name,
             "bits": bits,
             "group": group,
             "seed": seed,
-            "excess": score.nats - dense.nats,
+            "excess": score.nats - bench.dense.nats,
             "divergence": divergence.measure(),
             "seconds": seconds,
         }
@@ -206,14 +184,14 @@ def main() -> None:
 
     print(f"\n{machine()}\n")
     print(
-        f"{arguments.model}, {arguments.samples} calibration windows of {length} tokens where data is used, "
-        f"{arguments.seeds} seeds, mean ± std; scored on {dense.tokens:,} tokens ({arguments.text}), windows of "
-        f"{length}; dense perplexity {dense.perplexity:.3f}. Excess nats per token over dense, [as a share of the best "
-        "calibration-free peer's], (KL divergence to dense); seconds.\n"
+        f"{arguments.model}, {arguments.samples} calibration windows of {bench.length} tokens where data is used, "
+        f"{arguments.seeds} seeds, mean ± std; scored on {bench.dense.tokens:,} tokens ({arguments.text}), windows "
+        f"of {bench.length}; dense perplexity {bench.dense.perplexity:.3f}. Excess nats per token over dense, [as a "
+        "share of the best calibration-free peer's], (KL divergence to dense); seconds.\n"
     )
     print(table(cells))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"dense": dense.perplexity, "cells": cells}, indent=1))
+        arguments.json.write_text(json.dumps({"dense": bench.dense.perplexity, "cells": cells}, indent=1))
 
 
 def _grid(arguments: argparse.Namespace) -> Iterator[tuple[str, int, str, int]]:
@@ -227,12 +205,11 @@ def _grid(arguments: argparse.Namespace) -> Iterator[tuple[str, int, str, int]]:
 class Divergence:
     """Mean KL divergence of the dense model's predictions to the quantized one's, on windows of the text."""
 
-    def __init__(self, checkpoint: Any, texts: list[str], length: int):
-        tokenizer = checkpoint.tokenizer
-        encoded = encode_documents(tokenizer, texts)
-        bos = added_tokens(tokenizer).bos
-        self._model = checkpoint.model
-        self._windows = sample_windows(encoded, samples=32, length=length, seed=0, bos=bos).split(8)
+    def __init__(self, bench: Bench):
+        encoded = encode_documents(bench.tokenizer, bench.texts)
+        bos = added_tokens(bench.tokenizer).bos
+        self._model = bench.model
+        self._windows = sample_windows(encoded, samples=32, length=bench.length, seed=0, bos=bos).split(8)
         self._dense = [self._predict(batch) for batch in self._windows]
 
     def measure(self) -> float:
@@ -266,9 +243,7 @@ def table(cells: list[dict[str, Any]]) -> str:
         for grid in grids:
             found = [c for c in cells if c["method"] == name and (c["bits"], c["group"]) == grid]
             excess = [cell["excess"] for cell in found]
-            text = f"{statistics.mean(excess):.4f}"
-            if len(excess) > 1:
-                text += f" ± {statistics.stdev(excess):.4f}"
+            text = mean_std(excess, ".4f")
             if not math.isnan(best[grid]):
                 text += f" [{statistics.mean(excess) / best[grid]:.2f}]"
             row.append(f"{text} ({statistics.mean(cell['divergence'] for cell in found):.4f})")

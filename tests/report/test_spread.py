@@ -31,3 +31,4 @@ def test_text() -> None:
     assert Spread(2.5, None, 1).text(".2f") == "2.50"
     assert Spread.of([1.0, 2.0]) == Spread(1.5, statistics.stdev([1, 2]), 2)
     assert Spread(1.5, 0.25, 2).text(".1f") == "1.5 ± 0.2"
+    assert Spread(1.5, 0.25, 2).text("+.1f") == "+1.5 ± 0.2"

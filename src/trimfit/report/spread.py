@@ -25,5 +25,5 @@ class Spread:
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
     def text(self, form: str) -> str:
-        """As in a table, "mean ± std", both in the format `form`."""
-        return f"{self.mean:{form}}" + ("" if self.std is None else f" ± {self.std:{form}}")
+        """As in a table, "mean ± std", both in the format `form`; a sign it asks for goes to the mean."""
+        return f"{self.mean:{form}}" + ("" if self.std is None else f" ± {self.std:{form.removeprefix('+')}}")

@@ -1,12 +1,12 @@
 """What can be loaded is loaded as it is; for anything else one sentence says what is wrong."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import ALL_FAMILIES, FAMILIES, make_word_tokenizer, windows
+from refusals import edit_config
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
@@ -21,12 +21,6 @@ from transformers import (
 
 from trimfit.checkpoints import fingerprint, load_checkpoint, resolve_device
 from trimfit.errors import InputError
-
-
-def edit(directory: Path, **values: Any) -> None:
-    """Changes config.json."""
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def message(directory: Path | str) -> str:
@@ -91,7 +85,7 @@ def test_a_damaged_config(write: Any):
 
 def test_an_unknown_type(write: Any):
     directory = write()
-    edit(directory, model_type="llamalike")
+    edit_config(directory, model_type="llamalike")
     assert message(directory).startswith("the config of MODEL cannot be read: ")
 
 
@@ -148,7 +142,7 @@ def test_a_damaged_index(write: Any, text: str):
 
 def test_weights_that_are_missing(write: Any):
     directory = write()
-    edit(directory, num_hidden_layers=3)
+    edit_config(directory, num_hidden_layers=3)
     assert message(directory) == (
         "the checkpoint MODEL lacks 9 weights, model.layers.2.input_layernorm.weight first: the download is "
         "incomplete or config.json belongs to another model"
@@ -157,7 +151,7 @@ def test_weights_that_are_missing(write: Any):
 
 def test_weights_of_another_shape(write: Any):
     directory = write()
-    edit(directory, intermediate_size=40)
+    edit_config(directory, intermediate_size=40)
     assert message(directory) == (
         "weights of MODEL have other shapes than config.json says, model.layers.0.mlp.down_proj.weight first"
     )
@@ -165,7 +159,7 @@ def test_weights_of_another_shape(write: Any):
 
 def test_weights_that_the_model_does_not_know_are_told_of(write: Any, caplog: pytest.LogCaptureFixture):
     directory = write()
-    edit(directory, num_hidden_layers=1)
+    edit_config(directory, num_hidden_layers=1)
     load_checkpoint(str(directory))
     assert (
         f"9 weights of {directory} are unknown to the model and left out, model.layers.1.input_layernorm.weight first"
@@ -194,13 +188,13 @@ def test_models_that_are_no_causal_lm(tmp_path: Path, name: str):
 
 def test_a_quantized_model(write: Any):
     directory = write()
-    edit(directory, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    edit_config(directory, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     assert message(directory) == "MODEL is quantized already; start from the full-precision model"
 
 
 def test_a_model_that_others_quantized(write: Any):
     directory = write()
-    edit(directory, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    edit_config(directory, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     with pytest.raises(InputError, match="is quantized by bitsandbytes; trimfit reads what it writes itself"):
         load_checkpoint(str(directory), quantized=True)
     assert load_checkpoint(str(write("gpt2")), quantized=True).model.dtype == torch.float32

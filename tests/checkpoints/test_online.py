@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from families import EVERYTHING, VOCABULARY, windows
+from refusals import edit_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -429,8 +430,7 @@ def test_a_transformation_of_another_shape(broken: Path, shape: tuple[int, ...])
 def test_a_config_of_another_model(make: Callable[..., Made], broken: Path, form: str):
     if form == "packed":
         shutil.copytree(make(config=PACKED).directory, broken, dirs_exist_ok=True)
-    path = broken / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 40}))
+    edit_config(broken, intermediate_size=40)
     text = message(broken)
     assert text.startswith("weights of MODEL have other shapes than config.json says, model.layers.")
     assert text.endswith("_proj.weight first")

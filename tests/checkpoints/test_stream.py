@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from families import EVERYTHING
+from refusals import edit_config
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -38,11 +39,6 @@ def edit_weights(directory: Path, **changes: Tensor | None) -> None:
         if tensor is not None:
             tensors[name.replace("__", ".")] = tensor
     safetensors.torch.save_file(tensors, file, {"format": "pt"})
-
-
-def edit_config(directory: Path, **values: Any) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The real command, and a tiny model with its tokenizer and texts."""
 
+import json
 import os
 import random
 import subprocess
@@ -7,8 +8,10 @@ import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -16,6 +19,14 @@ COMMAND = Path(sysconfig.get_path("scripts")) / "trimfit"
 VOCABULARY = 300
 CONTEXT = 64
 NEW_TOKENS = 7  # in the generation config, to be found again
+FILES = {  # of every checkpoint that a command writes
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "trimfit.json",
+}
 SENTENCE = "the cat sat on a mat and saw one dog under two trees while three birds sang of über große Straßen"
 
 
@@ -103,3 +114,22 @@ def is_one_sentence(outcome: Outcome) -> bool:
     """Whether the command said what was wrong in one line, and nothing else."""
     lines = outcome.stderr.splitlines()
     return len(lines) == 1 and lines[0].startswith("error: ") and "Traceback" not in outcome.stderr
+
+
+def read_json(text: str) -> dict[str, Any]:
+    """Strictly: json lets NaN and Infinity through."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """What a command tells of its run beside the checkpoint."""
+    return read_json((directory / "trimfit.json").read_text(encoding="utf-8"))
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint in one file."""
+    return load_file(directory / "model.safetensors")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cli_helpers import Outcome, is_one_sentence, make_model, make_tokenizer, nothing_but, save_model, trimfit
+from refusals import damage
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -76,14 +77,13 @@ def broken(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         add("vision", root / "vision")
     )
     save_model(add("small_vocabulary", root / "small_vocabulary"), make_model(vocabulary=200))
-    for name, tensor in {
-        "nan": "model.layers.1.mlp.down_proj",
-        "nan_head": "lm_head",
-        "infinite": "model.norm",
+    for name, change in {
+        "nan": damage("model.layers.1.mlp.down_proj.weight", torch.nan),
+        "nan_head": damage("lm_head.weight", torch.nan),
+        "infinite": damage("model.norm.weight", torch.inf),
     }.items():
         model = make_model()
-        with torch.no_grad():
-            model.get_parameter(f"{tensor}.weight").view(-1)[7] = torch.inf if name == "infinite" else torch.nan
+        change(model)
         save_model(add(name, root / name), model)
 
     gpt2 = GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=1)

@@ -12,43 +12,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_helpers import CONTEXT, NEW_TOKENS, Outcome, make_model, make_tokenizer, nothing_but, trimfit, write_text
-from safetensors.torch import load_file, save_file
+from cli_helpers import (
+    CONTEXT,
+    FILES,
+    NEW_TOKENS,
+    Outcome,
+    make_model,
+    make_tokenizer,
+    nothing_but,
+    read_json,
+    read_record,
+    trimfit,
+    weights,
+    write_text,
+)
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from trimfit import CalibrationConfig, load_checkpoint
 from trimfit.checkpoints import fingerprint
 
-FILES = {
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "trimfit.json",
-}
 # The paper's own problem, in which every layer loses the same share; the defaults have a test of their own.
 PLAIN = ("--selector", "sparsegpt", "--target", "layer", "--no-guard")
 SMALL = ("--samples", "12", "--sequence-length", "32", "--batch-size", "5")
 SIZES = (*SMALL, *PLAIN)
 Here = Callable[..., Outcome]
-
-
-def read_json(text: str) -> dict[str, Any]:
-    """Strictly: json lets NaN and Infinity through."""
-
-    def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
-
-
-def read_record(out: Path) -> dict[str, Any]:
-    return read_json((out / "trimfit.json").read_text(encoding="utf-8"))
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    return load_file(directory / "model.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -9,41 +9,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_helpers import CONTEXT, NEW_TOKENS, Outcome, make_model, make_tokenizer, nothing_but, save_model, trimfit
-from safetensors.torch import load_file
+from cli_helpers import (
+    CONTEXT,
+    FILES,
+    NEW_TOKENS,
+    Outcome,
+    make_model,
+    make_tokenizer,
+    nothing_but,
+    read_json,
+    read_record,
+    save_model,
+    trimfit,
+    weights,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedModel
 
 from trimfit import QuantizeConfig, load_checkpoint, quantize
 from trimfit.checkpoints import fingerprint
 
-FILES = {
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "trimfit.json",
-}
 SIZES = ("--samples", "8", "--sequence-length", "24", "--batch-size", "2")
 Here = Callable[..., Outcome]
 Quantize = Callable[..., dict[str, Any]]
-
-
-def read_json(text: str) -> dict[str, Any]:
-    """Strictly: json lets NaN and Infinity through."""
-
-    def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
-
-
-def read_record(out: Path) -> dict[str, Any]:
-    return read_json((out / "trimfit.json").read_text(encoding="utf-8"))
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    return load_file(directory / "model.safetensors")
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:

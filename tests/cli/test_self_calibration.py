@@ -5,26 +5,27 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cli_helpers import Outcome, is_one_sentence, make_model, make_tokenizer, nothing_but, save_model
+from cli_helpers import (
+    FILES,
+    Outcome,
+    is_one_sentence,
+    make_model,
+    make_tokenizer,
+    nothing_but,
+    read_record,
+    save_model,
+)
+from refusals import damage
 from torch.nn import Linear
 from transformers import AutoModelForCausalLM
 
 from trimfit import CalibrationConfig, load_checkpoint
 
-FILES = (
-    "calibration.npy",
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "trimfit.json",
-)
+WRITTEN = FILES | {"calibration.npy"}
 SIZES = ("--samples", "8", "--sequence-length", "24", "--batch-size", "2")
 Prune = Callable[..., Outcome]
 
@@ -39,10 +40,6 @@ def prune(here: Callable[..., Outcome], tiny: Path, tmp_path: Path) -> Prune:
     return prune
 
 
-def record_of(out: Path) -> dict[str, Any]:
-    return json.loads((out / "trimfit.json").read_text(encoding="utf-8"))
-
-
 def weights_of(out: Path) -> bytes:
     return (out / "model.safetensors").read_bytes()
 
@@ -52,8 +49,8 @@ def test_the_windows_and_how_they_look_are_kept(prune: Prune, tiny: Path, tmp_pa
     assert outcome.status == 0, outcome.stderr
     assert "(self)" in outcome.stdout
     assert nothing_but(tmp_path, ["out"])
-    assert nothing_but(tmp_path / "out", FILES)
-    record = record_of(tmp_path / "out")
+    assert nothing_but(tmp_path / "out", WRITTEN)
+    record = read_record(tmp_path / "out")
     assert record["calibration"]["source"] == "self"
     assert (record["windows"], record["held_out_windows"], record["window_length"]) == (7, 1, 24)
 
@@ -82,15 +79,15 @@ def test_the_run_can_be_repeated_by_seed_and_from_the_kept_windows(prune: Prune,
         prune("reused", calibration=tmp_path / "first" / "calibration.npy"),
     ]
     assert [outcome.status for outcome in outcomes] == [0] * 4
-    assert json.loads(outcomes[1].stdout)["config"] == record_of(tmp_path / "again")["config"]
+    assert json.loads(outcomes[1].stdout)["config"] == read_record(tmp_path / "again")["config"]
     first = tmp_path / "first"
-    for name in FILES[:-1]:
+    for name in WRITTEN - {"trimfit.json"}:
         assert (tmp_path / "again" / name).read_bytes() == (first / name).read_bytes(), name
     assert weights_of(tmp_path / "other") != weights_of(first)
     assert weights_of(tmp_path / "reused") == weights_of(first)
-    reused = record_of(tmp_path / "reused")
-    assert reused["fingerprints"] == record_of(first)["fingerprints"]
-    assert reused["layers"][0]["final"] == record_of(first)["layers"][0]["final"]
+    reused = read_record(tmp_path / "reused")
+    assert reused["fingerprints"] == read_record(first)["fingerprints"]
+    assert reused["layers"][0]["final"] == read_record(first)["layers"][0]["final"]
     assert reused["self_sample"] is None
     assert not (tmp_path / "reused" / "calibration.npy").exists()
 
@@ -102,7 +99,7 @@ def test_an_older_output_is_replaced_as_a_whole(prune: Prune, tmp_path: Path) ->
     assert prune("out").status == 2
     assert nothing_but(tmp_path / "out", ["old", "trimfit.json"])
     assert prune("out", "--overwrite").status == 0
-    assert nothing_but(tmp_path / "out", FILES)
+    assert nothing_but(tmp_path / "out", WRITTEN)
     assert nothing_but(tmp_path, ["out"])
     umask = os.umask(0)
     os.umask(umask)
@@ -133,8 +130,7 @@ def test_a_model_that_writes_noise_is_said(prune: Prune, tmp_path: Path) -> None
 
 def test_a_damaged_model_is_refused(prune: Prune, tmp_path: Path) -> None:
     model = make_model()
-    with torch.no_grad():
-        model.lm_head.weight[7, 7] = torch.nan
+    damage("lm_head.weight", torch.nan)(model)
     outcome = prune("out", model=save_model(tmp_path / "damaged", model))
     assert outcome.status == 2
     assert is_one_sentence(outcome)

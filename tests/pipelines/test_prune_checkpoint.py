@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy
 import pytest
-import safetensors.torch
 import torch
 from families import FAMILIES, LENGTH, Family, for_each, windows
+from refusals import damage_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from trimfit import CalibrationConfig, InputError, PruneConfig, PruneReport, prune, prune_checkpoint
@@ -120,13 +120,8 @@ def test_the_model_itself_is_never_replaced(
 def test_nan_weights_name_the_layer(
     tmp_path: Path, calibration: CalibrationConfig, word_tokenizer: PreTrainedTokenizerFast
 ):
-    directory = tmp_path / "model"
-    source = write(directory, word_tokenizer)
-    name = "model.layers.1.self_attn.k_proj.weight"
-    shard = directory / json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"][name]
-    tensors = safetensors.torch.load_file(shard)
-    tensors[name][3, 4] = float("nan")
-    safetensors.torch.save_file(tensors, shard, {"format": "pt"})
+    source = write(tmp_path / "model", word_tokenizer)
+    damage_file(tmp_path / "model", "model.layers.1.self_attn.k_proj.weight", float("nan"))
     with pytest.raises(InputError, match=r"model\.layers\.1\.self_attn\.k_proj\.weight .*has NaN or infinite entries"):
         prune_checkpoint(source, tmp_path / "out", PruneConfig(), calibration, device=CPU)
     assert not (tmp_path / "out").exists()

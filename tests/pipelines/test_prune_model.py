@@ -1,21 +1,20 @@
 """What `prune` computes, against independent solutions from independently captured inputs."""
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, matrix, plain_grams, plain_inputs, windows
 from pydantic import ValidationError
+from refusals import BAD_MODELS, BAD_TOKENS, TOKENS, Refused, is_equal, state
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimfit import InputError, PruneConfig, PruneReport, prune
+from trimfit import PruneConfig, PruneReport, prune
 from trimfit.masks import SELECTORS
 from trimfit.pipelines.records import LayerRecord
 
-TOKENS = windows(8)
 FIT, HELD_OUT = TOKENS[:6], TOKENS[6:]  # held_out=0.25
 EXACT: dict[str, Any] = {"tolerance": 1e-10, "solver": "cholesky", "held_out": 0.25, "batch_size": 4}
 PLAIN: dict[str, Any] = {"selector": "sparsegpt", "target": "layer", "guard": False}  # the paper's own problem
@@ -45,15 +44,6 @@ def weight_of(model: PreTrainedModel, name: str) -> Tensor:
 def copy_layers(source: PreTrainedModel, target: PreTrainedModel, names: list[str]) -> None:
     for name in names:
         target.get_submodule(name).load_state_dict(source.get_submodule(name).state_dict())
-
-
-def state(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def is_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Bit for bit, NaN included."""
-    return a.keys() == b.keys() and all(torch.equal(a[k].view(torch.uint8), b[k].view(torch.uint8)) for k in a)
 
 
 def first_block(name: str) -> list[list[str]]:
@@ -324,58 +314,25 @@ def test_a_report_survives_json():
     assert set(report.versions) == {"python", "trimfit", "torch", "transformers", "safetensors", "numpy"}
 
 
-def damage(layer: str, value: float) -> Callable[[PreTrainedModel], None]:
-    @torch.no_grad()
-    def change(model: PreTrainedModel) -> None:
-        model.get_parameter(layer).view(-1)[3] = value
-
-    return change
-
-
-_NAN = "model.layers.1.mlp.up_proj.weight"
-_REFUSED: dict[str, tuple[dict[str, Any], Tensor, Callable[[PreTrainedModel], None] | None, str]] = {
-    "width": (
-        {"pattern": "3:5"},
-        TOKENS,
-        None,
+_BAD_WIDTHS = {
+    "width": Refused(
         r"model\.layers\.0\.self_attn\.q_proj: 32 inputs cannot be split into groups of 5 for the pattern 3:5",
+        {"pattern": "3:5"},
     ),
-    "width of the last layer": (
-        {"pattern": "4:32"},
-        TOKENS,
-        None,
-        r"model\.layers\.0\.mlp\.down_proj: 48 inputs cannot be split into groups of 32",
+    "width of the last layer": Refused(
+        r"model\.layers\.0\.mlp\.down_proj: 48 inputs cannot be split into groups of 32", {"pattern": "4:32"}
     ),
-    "nan": ({}, TOKENS, damage(_NAN, float("nan")), rf"{_NAN} has NaN or infinite entries: the checkpoint is damaged"),
-    "infinity": ({}, TOKENS, damage("model.norm.weight", float("inf")), r"model\.norm\.weight has NaN or infinite"),
-    "nan in an ignored layer": (
-        {"ignore": ("up_proj",)},
-        TOKENS,
-        damage(_NAN, float("nan")),
-        rf"{_NAN} has NaN or infinite entries",
-    ),
-    "overflow": ({}, TOKENS, damage(_NAN, 3e38), "hidden states of LlamaForCausalLM have NaN or infinite entries"),
-    "ignore": ({"ignore": ("nothing",)}, TOKENS, None, "the ignore pattern 'nothing' matches no linear layer"),
-    "ignore all": ({"ignore": ("*",)}, TOKENS, None, "leave no layer to compress"),
-    "ids": ({}, TOKENS + 60, None, "token id [0-9]+ is outside the model's vocabulary of 64"),
-    "negative ids": ({}, TOKENS - 60, None, "negative token id"),
-    "stream": ({}, TOKENS.flatten(), None, r"tokens must be \(windows, length\) .* their shape is \(192,\)"),
-    "empty": ({}, TOKENS[:0], None, r"not empty, but their shape is \(0, 24\)"),
-    "floats": ({}, TOKENS.float(), None, r"token ids must be integers, but they are torch\.float32"),
-    "too long": ({}, windows(2, 65), None, "the windows have 65 tokens, but the model's context is 64"),
 }
+_REFUSED = BAD_MODELS | BAD_TOKENS | _BAD_WIDTHS
 
 
 @pytest.mark.parametrize("case", _REFUSED)
 def test_nothing_changes_when_refused(case: str):
-    options, tokens, change, message = _REFUSED[case]
-    model = FAMILIES["llama"].build()
-    if change:
-        change(model)
-    before = state(model)
-    with pytest.raises(InputError, match=message):
-        prune(model, tokens, PruneConfig.model_validate(options))
-    assert is_equal(model.state_dict(), before)
+    _REFUSED[case].check(
+        lambda model, tokens, options: prune(
+            model, TOKENS if tokens is None else tokens, PruneConfig.model_validate(options)
+        )
+    )
 
 
 _BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from families import EVERYTHING, FAMILIES, LENGTH, windows
+from refusals import damage_file
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -403,13 +404,8 @@ def test_the_model_itself_is_never_replaced(tmp_path: Path, word_tokenizer: PreT
 
 @pytest.mark.parametrize("form", ["packed", "dense"])
 def test_nan_weights_name_the_layer(tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast, form: Any):
-    directory = tmp_path / "model"
-    source = write(directory, word_tokenizer)
-    name = "model.layers.1.self_attn.k_proj.weight"
-    shard = directory / json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"][name]
-    tensors = safetensors.torch.load_file(shard)
-    tensors[name][3, 4] = float("nan")
-    safetensors.torch.save_file(tensors, shard, {"format": "pt"})
+    source = write(tmp_path / "model", word_tokenizer)
+    damage_file(tmp_path / "model", "model.layers.1.self_attn.k_proj.weight", float("nan"))
     with pytest.raises(InputError, match=r"model\.layers\.1\.self_attn\.k_proj\.weight .*has NaN or infinite entries"):
         quantize_checkpoint(source, tmp_path / "out", config(), format=form, device=CPU)
     assert not (tmp_path / "out").exists()

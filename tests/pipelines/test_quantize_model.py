@@ -6,14 +6,16 @@ import io
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, matrix, plain_grams, plain_inputs, windows
+from families import FAMILIES, matrix, plain_grams, plain_inputs
 from pydantic import ValidationError
+from refusals import BAD_MODELS, BAD_TOKENS, TOKENS, is_equal, state
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
@@ -23,7 +25,6 @@ from trimfit.quant import Grid, Quantized, place_levels
 from trimfit.quant.blocks import BlockTransform
 from trimfit.quant.pairs import paper_transform
 
-TOKENS = windows(8)
 TRANSFORMS = ("none", "pairs", "free", "online", "paper")
 NEAR = 0.03  # of the logits, at 8 bits; without its other half, any fold leaves 0.1 and more
 QKV = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
@@ -41,15 +42,6 @@ def config(**options: Any) -> QuantizeConfig:
 
 def weight_of(model: PreTrainedModel, name: str) -> Tensor:
     return matrix(model.get_submodule(name))
-
-
-def state(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def is_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Bit for bit, NaN included."""
-    return a.keys() == b.keys() and all(torch.equal(a[k].view(torch.uint8), b[k].view(torch.uint8)) for k in a)
 
 
 def changed(dense: PreTrainedModel, model: PreTrainedModel) -> set[str]:
@@ -555,41 +547,12 @@ def test_the_default_is_four_bits_in_groups_of_128():
 # What is refused
 
 
-def damage(name: str, value: float) -> Callable[[PreTrainedModel], None]:
-    @torch.no_grad()
-    def change(model: PreTrainedModel) -> None:
-        model.get_parameter(name).view(-1)[3] = value
-
-    return change
-
-
-_NAN = "model.layers.1.mlp.up_proj.weight"
-_REFUSED: dict[str, tuple[dict[str, Any], Tensor | None, Callable[[PreTrainedModel], None] | None, str]] = {
-    "nan": ({}, None, damage(_NAN, float("nan")), rf"{_NAN} has NaN or infinite entries: the checkpoint is damaged"),
-    "infinity": ({}, None, damage("model.norm.weight", float("inf")), r"model\.norm\.weight has NaN or infinite"),
-    "nan in an ignored layer": ({"ignore": ("up_proj",)}, None, damage(_NAN, float("nan")), f"{_NAN} has NaN"),
-    "nan with data": ({}, TOKENS, damage(_NAN, float("nan")), f"{_NAN} has NaN"),
-    "overflow": ({}, TOKENS, damage(_NAN, 3e38), "hidden states of LlamaForCausalLM have NaN or infinite entries"),
-    "ignore": ({"ignore": ("nothing",)}, None, None, "the ignore pattern 'nothing' matches no linear layer"),
-    "ignore all": ({"ignore": ("*",)}, None, None, "leave no layer to compress"),
-    "ids": ({}, TOKENS + 60, None, "token id [0-9]+ is outside the model's vocabulary of 64"),
-    "stream": ({}, TOKENS.flatten(), None, r"tokens must be \(windows, length\) .* their shape is \(192,\)"),
-    "empty": ({}, TOKENS[:0], None, r"not empty, but their shape is \(0, 24\)"),
-    "floats": ({}, TOKENS.float(), None, r"token ids must be integers, but they are torch\.float32"),
-    "too long": ({}, windows(2, 65), None, "the windows have 65 tokens, but the model's context is 64"),
-}
+_REFUSED = BAD_MODELS | BAD_TOKENS | {"nan with data": replace(BAD_MODELS["nan"], tokens=TOKENS)}
 
 
 @pytest.mark.parametrize("case", _REFUSED)
 def test_nothing_changes_when_refused(case: str):
-    options, tokens, change, message = _REFUSED[case]
-    model = FAMILIES["llama"].build()
-    if change:
-        change(model)
-    before = state(model)
-    with pytest.raises(InputError, match=message):
-        quantize(model, config(**options), tokens)
-    assert is_equal(model.state_dict(), before)
+    _REFUSED[case].check(lambda model, tokens, options: quantize(model, config(**options), tokens))
 
 
 _SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy
 import pytest
-import safetensors.torch
 import torch
 from families import EVERYTHING, FAMILIES, LENGTH, windows
+from refusals import damage_file
 from transformers import PreTrainedTokenizerFast
 
 from trimfit import CalibrationConfig, InputError, QuantizeConfig, QuantizeReport
@@ -139,17 +139,6 @@ def test_calibration_and_other_formats_load_the_model(
         quantize_checkpoint(str(source), tmp_path / "packed", DEFAULT, device=CPU)
 
 
-def spoil(directory: Path, name: str, value: float | None) -> None:
-    """Puts a value into a tensor, or removes the tensor."""
-    file = directory / "model.safetensors"
-    tensors = safetensors.torch.load_file(file)
-    if value is None:
-        del tensors[name]
-    else:
-        tensors[name].view(-1)[3] = value
-    safetensors.torch.save_file(tensors, file, {"format": "pt"})
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -164,7 +153,7 @@ def test_damage_is_told_as_in_memory_and_nothing_is_written(
     tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast, name: str, value: float | None
 ):
     source = write(tmp_path / "model", word_tokenizer, "llama-tied")
-    spoil(source, name, value)
+    damage_file(source, name, value)
     sentences: list[str] = []
     for run in (streamed, in_memory):
         with pytest.raises(InputError) as error:

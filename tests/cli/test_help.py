@@ -3,7 +3,10 @@
 from collections.abc import Callable
 
 import pytest
+import typer
 from cli_helpers import Outcome
+
+from trimfit.cli.main import app
 
 Here = Callable[..., Outcome]
 HELP = {
@@ -32,6 +35,7 @@ HELP = {
         "--overwrite",
         "--json",
     ),
+    "resume": ("interrupted", "--device", "[default: that of the run]", "--json"),
     "quantize": (
         "--output",
         "--bits",
@@ -85,6 +89,19 @@ def test_every_option_is_explained(command: str, here: Here) -> None:
     assert f"trimfit {command}" in outcome.stdout
     for words in HELP[command]:
         assert words in outcome.stdout
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_nothing_of_an_explanation_is_taken_for_markup(
+    command: str, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`[default: 0.5]` unescaped would be a style, and gone."""
+    monkeypatch.setenv("COLUMNS", "1000")  # each explanation on one line
+    printed = here(command, "--help").stdout
+    written = [parameter.help for parameter in typer.main.get_command(app).commands[command].params]
+    assert len(written) >= 3
+    for explanation in written:
+        assert explanation.replace("\\[", "[") in printed
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",)], ids=["bare", "help"])

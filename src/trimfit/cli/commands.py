@@ -6,19 +6,16 @@ from typing import Annotated, Any
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from trimfit.cli import options
 from trimfit.errors import InputError
-
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-_Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
-_Model = Annotated[str, typer.Argument(help="Model directory, hub name, or 'demo' for the embedded model.")]
 
 
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the pruned model.")] = Path(
         "trimfit-demo"
     ),
-    device: _Device = "auto",
-    json: _Json = False,
+    device: options.Device = "auto",
+    json: options.Json = False,
 ) -> None:
     """Prune the embedded model in several ways and compare; needs no network and no data."""
     from trimfit.checkpoints import resolve_device
@@ -33,16 +30,14 @@ def demo(
 
 
 def prune(
-    model: _Model,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write; must not exist.")],
+    model: options.Model,
+    output: options.Output,
     sparsity: Annotated[
-        float | None, typer.Option(help="Share of weights to remove, 0 ≤ s < 1. [default: 0.5]")
+        float | None, typer.Option(help="Share of weights to remove, 0 ≤ s < 1. \\[default: 0.5]")
     ] = None,
     pattern: Annotated[str | None, typer.Option(help="N:M instead of a sparsity: N kept of each M inputs.")] = None,
     selector: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, thanos or joint.")] = "joint",
-    scope: Annotated[
-        str | None, typer.Option(help="Count per row or over the layer. [default: the selector's]")
-    ] = None,
+    scope: options.Scope = None,
     allocation: Annotated[
         str | None,
         typer.Option(
@@ -64,41 +59,29 @@ def prune(
     dense_share: Annotated[float, typer.Option(help="With the target dense: how far to go, 0 < s ≤ 1.")] = 0.5,
     solver: Annotated[str, typer.Option(help="auto, cholesky, cg or cg-diagonal.")] = "auto",
     tolerance: Annotated[float, typer.Option(help="Relative gap at which a row is finished.")] = 1e-4,
-    damping: Annotated[
-        str, typer.Option(help="λ in H + λ·mean(diag H)·I, or auto: chosen on held-out windows.")
-    ] = "0.01",
-    capture: Annotated[str, typer.Option(help="Recapture inputs per group (ours) or block (the paper's).")] = "group",
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Layers to leave dense: glob, or re:REGEX. Repeatable.")
-    ] = None,
-    held_out: Annotated[float, typer.Option(help="Share of windows kept aside to measure layer errors.")] = 0.125,
+    damping: options.Damping = "0.01",
+    capture: options.Capture = "group",
+    ignore: options.Ignore = None,
+    held_out: options.HeldOut = 0.125,
     guard: Annotated[
         bool, typer.Option(help="Give a layer simpler weights where the refit is worse on held-out windows.")
     ] = True,
-    calibration: Annotated[
-        str,
-        typer.Option(
-            help="Text file, .jsonl, .npy/.safetensors of token ids, hub data set, 'demo', or 'self': "
-            "text that MODEL writes itself, so that no data is needed."
-        ),
-    ] = "demo",
-    field: Annotated[str, typer.Option(help="Field with the text in .jsonl or a data set.")] = "text",
-    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens in a window. [default: the model's context, at most 2048]")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Windows in one forward pass.")] = 8,
+    calibration: options.Calibration = "demo",
+    field: options.Field = "text",
+    split: options.Split = "train",
+    samples: options.Samples = 128,
+    sequence_length: options.SequenceLength = None,
+    seed: options.Seed = 0,
+    batch_size: options.BatchSize = 8,
     offload: Annotated[
         bool, typer.Option("--offload", help="Hold one block of the model at a time; the others stay in their files.")
     ] = False,
     memory_limit: Annotated[
         str | None, typer.Option(help="Of hidden states in memory, as in 8GiB; those above it go to files.")
     ] = None,
-    device: _Device = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
-    json: _Json = False,
+    device: options.Device = "auto",
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
 ) -> None:
     """Prune MODEL and refit what is left to the certified optimum."""
     from trimfit.calibration import CalibrationConfig
@@ -135,7 +118,7 @@ def prune(
     here = local_device(resolve_device(device))
     with joined(here) as ranks, show.progress(quiet=json or not ranks.is_first) as observer:
         report = prune_checkpoint(
-            _source(model),
+            options.model_source(model),
             output,
             config,
             windows,
@@ -153,7 +136,7 @@ def prune(
 def resume(
     directory: Annotated[Path, typer.Argument(help="Output of the run that was interrupted.")],
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, … \\[default: that of the run]")] = None,
-    json: _Json = False,
+    json: options.Json = False,
 ) -> None:
     """Go on with a prune that was interrupted or killed, from the last layers that were finished."""
     from trimfit.checkpoints import resolve_device
@@ -171,8 +154,8 @@ def resume(
 
 
 def quantize(
-    model: _Model,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write; must not exist.")],
+    model: options.Model,
+    output: options.Output,
     bits: Annotated[int, typer.Option(help="2 to 8.")] = 4,
     group_size: Annotated[str, typer.Option(help="Inputs that share a scale: 128, 64, 32, … or channel.")] = "128",
     symmetric: Annotated[bool, typer.Option("--symmetric", help="No zero points.")] = False,
@@ -191,32 +174,28 @@ def quantize(
         int, typer.Option(help="Of gradient descent for online transformations; 0: closed forms only.")
     ] = 100,
     damping: Annotated[
-        float | None, typer.Option(help="λ in H + λ·mean(diag H)·I. [default: 0.01 with calibration, 0.5 without]")
+        float | None, typer.Option(help="λ in H + λ·mean(diag H)·I. \\[default: 0.01 with calibration, 0.5 without]")
     ] = None,
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Layers to leave as they are: glob, or re:REGEX. Repeatable.")
-    ] = None,
+    ignore: options.Ignore = None,
     calibration: Annotated[
         str | None,
         typer.Option(
             help="self (text that MODEL writes itself), text file, .jsonl, .npy/.safetensors of ids, hub data set, or "
-            "'demo'. [default: no data, no forward pass]"
+            "'demo'. \\[default: no data, no forward pass]"
         ),
     ] = None,
-    field: Annotated[str, typer.Option(help="Field with the text in .jsonl or a data set.")] = "text",
-    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens in a window. [default: the model's context, at most 2048]")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Windows in one forward pass.")] = 8,
+    field: options.Field = "text",
+    split: options.Split = "train",
+    samples: options.Samples = 128,
+    sequence_length: options.SequenceLength = None,
+    seed: options.Seed = 0,
+    batch_size: options.BatchSize = 8,
     format: Annotated[
         str, typer.Option(help="packed (compressed-tensors, for transformers and vLLM), dense, or gguf.")
     ] = "packed",
-    device: _Device = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
-    json: _Json = False,
+    device: options.Device = "auto",
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
 ) -> None:
     """Quantize MODEL's weights; asks for no data unless --calibration is given."""
     from trimfit.calibration import CalibrationConfig
@@ -247,7 +226,7 @@ def quantize(
     show.quiet_libraries()
     with show.progress(quiet=json) as observer:
         report = quantize_checkpoint(
-            _source(model),
+            options.model_source(model),
             output,
             config,
             windows,
@@ -260,7 +239,7 @@ def quantize(
 
 
 def evaluate(
-    model: _Model,
+    model: options.Model,
     text: Annotated[
         str | None,
         typer.Option(help="Text to predict: a file, .jsonl, hub data set, or 'demo'. Or give --tasks."),
@@ -272,18 +251,14 @@ def evaluate(
             'of lm-eval, task files or directories. Needs pip install "trimfit\\[eval]".'
         ),
     ] = None,
-    field: Annotated[str, typer.Option(help="Field with the text in .jsonl or a data set.")] = "text",
-    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
-    window: Annotated[
-        int | None, typer.Option(help="Tokens in a window. [default: the model's context, at most 2048]")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Only the first so many windows, and examples of each task.")
-    ] = None,
+    field: options.Field = "text",
+    split: options.Split = "test",
+    window: options.Window = None,
+    limit: options.Limit = None,
     batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass, for tasks.")] = 16,
     seed: Annotated[int, typer.Option(help="Of few-shot examples.")] = 0,
-    device: _Device = "auto",
-    json: _Json = False,
+    device: options.Device = "auto",
+    json: options.Json = False,
 ) -> None:
     """Perplexity and bits per byte of MODEL on a text; accuracy on tasks."""
     from trimfit.checkpoints import resolve_device
@@ -293,7 +268,7 @@ def evaluate(
     show.quiet_libraries()
     with show.progress(quiet=json) as observer:
         evaluation = evaluate_checkpoint(
-            _source(model),
+            options.model_source(model),
             text=text,
             field=field,
             split=split,
@@ -315,11 +290,3 @@ def _bytes(size: str | None) -> int | None:
         return int(TypeAdapter(ByteSize).validate_python(size))
     except ValidationError:
         raise InputError(f"--memory-limit takes a size such as 8GiB or 500MB, but it is {size!r}") from None
-
-
-def _source(model: str) -> str:
-    if model != "demo" or Path(model).exists():
-        return model
-    from trimfit.demo.run import model_path
-
-    return str(model_path())

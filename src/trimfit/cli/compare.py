@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from trimfit.cli import options
 from trimfit.errors import InputError, RunError, TrimfitError
 
 _Axis = list[str] | None
@@ -18,60 +19,45 @@ class _Interrupted(TrimfitError):
 
 
 def compare(
-    model: Annotated[str, typer.Argument(help="Model directory, hub name, or 'demo' for the embedded model.")],
+    model: options.Model,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder for tables, plots and journal; goes on with what is there.")
     ] = Path("trimfit-compare"),
-    selectors: Annotated[_Axis, typer.Option(help="Of masks, as in wanda,joint. [default: all]")] = None,
+    selectors: Annotated[_Axis, typer.Option(help="Of masks, as in wanda,joint. \\[default: all]")] = None,
     updates: Annotated[
-        _Axis, typer.Option(help="Of what is kept: none, own, optimal (the refit). [default: all]")
+        _Axis, typer.Option(help="Of what is kept: none, own, optimal (the refit). \\[default: all]")
     ] = None,
-    targets: Annotated[_Axis, typer.Option(help="Of the refit: dense, layer. [default: as for prune]")] = None,
+    targets: Annotated[_Axis, typer.Option(help="Of the refit: dense, layer. \\[default: as for prune]")] = None,
     allocations: Annotated[
-        _Axis, typer.Option(help="Of the sparsity over layers: uniform, owl, error. [default: as for prune]")
+        _Axis, typer.Option(help="Of the sparsity over layers: uniform, owl, error. \\[default: as for prune]")
     ] = None,
     sparsity: Annotated[
-        _Axis, typer.Option(help="Shares to remove, as in 0.5,0.6. [default: 0.5, or none with --patterns]")
+        _Axis, typer.Option(help="Shares to remove, as in 0.5,0.6. \\[default: 0.5, or none with --patterns]")
     ] = None,
     patterns: Annotated[_Axis, typer.Option(help="N:M patterns, as in 2:4,4:8.")] = None,
     seeds: Annotated[int, typer.Option(help="Draws of the calibration windows.")] = 5,
-    calibration: Annotated[
-        str,
-        typer.Option(help="Text file, .jsonl, .npy/.safetensors of token ids, hub data set, 'demo', or 'self'."),
-    ] = "demo",
+    calibration: options.Calibration = "demo",
     text: Annotated[str, typer.Option(help="What is scored: text file, .jsonl, hub data set, or 'demo'.")] = "demo",
-    field: Annotated[str, typer.Option(help="Field with the text in .jsonl or a data set.")] = "text",
+    field: options.Field = "text",
     split: Annotated[str, typer.Option(help="Split of a calibration data set on the hub.")] = "train",
     text_split: Annotated[str, typer.Option(help="Split of a scored data set on the hub.")] = "test",
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens in a calibration window. [default: the model's context, at most 2048]")
-    ] = None,
-    window: Annotated[
-        int | None, typer.Option(help="Tokens in a scored window. [default: the model's context, at most 2048]")
-    ] = None,
+    samples: options.Samples = 128,
+    sequence_length: options.SequenceLength = None,
+    window: options.Window = None,
     tasks: Annotated[_Axis, typer.Option(help="Tasks to score too, as for trimfit eval.")] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Only the first so many windows, and examples of each task.")
-    ] = None,
-    scope: Annotated[
-        str | None, typer.Option(help="Count sparsity per row or over the layer. [default: each selector's]")
-    ] = None,
-    damping: Annotated[
-        str, typer.Option(help="λ in H + λ·mean(diag H)·I, or auto: chosen on held-out windows.")
-    ] = "0.01",
-    capture: Annotated[str, typer.Option(help="Recapture inputs per group (ours) or block (the paper's).")] = "group",
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Layers to leave dense: glob, or re:REGEX. Repeatable.")
-    ] = None,
-    held_out: Annotated[float, typer.Option(help="Share of windows kept aside to measure layer errors.")] = 0.125,
+    limit: options.Limit = None,
+    scope: options.Scope = None,
+    damping: options.Damping = "0.01",
+    capture: options.Capture = "group",
+    ignore: options.Ignore = None,
+    held_out: options.HeldOut = 0.125,
     guard: Annotated[
         bool,
         typer.Option("--guard", help="Let a layer have simpler weights where these are better on held-out windows."),
     ] = False,
-    batch_size: Annotated[int, typer.Option(help="Windows in one forward pass.")] = 8,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
+    batch_size: options.BatchSize = 8,
+    device: options.Device = "auto",
+    json: options.Json = False,
 ) -> None:
     """Prune MODEL in every combination given, each from the dense model, and compare: tables and plots over seeds.
 
@@ -81,7 +67,6 @@ def compare(
     from trimfit.calibration import CalibrationConfig
     from trimfit.checkpoints import resolve_device
     from trimfit.cli import show
-    from trimfit.demo.run import model_path
     from trimfit.pipelines import CompareConfig
     from trimfit.pipelines import compare as run
     from trimfit.pipelines.comparison_report import table
@@ -112,7 +97,7 @@ def compare(
     try:
         with show.progress(quiet=json) as observer:
             comparison = run(
-                str(model_path()) if model == "demo" and not Path(model).exists() else model,
+                options.model_source(model),
                 output,
                 config,
                 windows,

@@ -180,6 +180,8 @@ def test_same_seed_same_bytes(runs: dict[str, Outcome], first: Path) -> None:
     assert (other / "model.safetensors").read_bytes() != (first / "model.safetensors").read_bytes()
     clocks = {"seconds", "peak_memory"}
     mine, theirs = read_record(first), read_record(again)
+    assert mine.pop("run") != theirs.pop("run")
+    assert mine.pop("stages").keys() == theirs.pop("stages").keys()
     for record in (mine, theirs):
         for entry in (record, *record["layers"]):
             for clock in clocks:

@@ -27,10 +27,12 @@ class InputMoments:
 
     - `gram`: (n, n) float32 H = XᵀX / T.
     - `drift`: None when the dense model was not followed.
+    - `tokens`: T. Without any, `gram` and `drift` are 0.
     """
 
     gram: Tensor
     drift: Drift | None
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class MomentSum:
     """
 
     def __init__(self, inputs: int, *, drift: bool = False, outputs: int | None = None):
-        self.tokens = 0
+        self.tokens = self._calls = 0
         self._inputs, self._shapes = inputs, {"gram": inputs}
         if drift:
             self._shapes["inputs"] = inputs
@@ -67,6 +69,7 @@ class MomentSum:
         """Adds the tokens of `inputs`, of any leading shape (..., n) and floating dtype."""
         x = _rows(inputs)
         self.tokens += len(x)
+        self._calls += 1
         self._add("gram", x, x)
         if drifted is None:
             return
@@ -80,19 +83,20 @@ class MomentSum:
         self._sums[name] += a.T @ b
 
     def value(self, device: torch.device, ranks: Ranks = ALONE) -> InputMoments:
-        """The means over the tokens that all of `ranks` have added."""
-        tokens = torch.tensor([self.tokens])
-        ranks.sum(tokens)
-        if not tokens:
-            raise ValueError("no tokens were added")
+        """The means over the tokens that all of `ranks` have added, which may be none: an expert may have none to do."""
+        counts = torch.tensor([self.tokens, self._calls])
+        ranks.sum(counts)
+        tokens, calls = counts.tolist()
+        if not calls:
+            raise ValueError("nothing was added, not even inputs without tokens")
         mean: dict[str, Tensor] = {}
         for name in self._shapes:
             total = self._sums.pop(name, None)
             total = self._zeros(name, device) if total is None else total
             ranks.sum(total)
-            mean[name] = (total / tokens.item()).float()
+            mean[name] = (total / max(1, tokens)).float()
         drift = Drift(mean["inputs"], mean.get("residual")) if "inputs" in mean else None
-        return InputMoments(mean["gram"], drift)
+        return InputMoments(mean["gram"], drift, tokens)
 
     def _zeros(self, name: str, device: torch.device) -> Tensor:
         wide = torch.float32 if device.type == "mps" else torch.float64

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trimfit.errors import InputError
+from trimfit.models.experts import ExpertLinear
 from trimfit.models.hooks import after, before
 from trimfit.models.structure import Block, Layer
 
@@ -72,8 +73,8 @@ def _adds_to(
 ) -> Literal["input", "output"] | None:
     """Puts other outputs in place of the layer's and looks where they come out."""
     (layer, *others), width = group.layers, hidden.shape[-1]
-    if others or group.calls != 1 or layer.weight.shape[0] != width:
-        return None
+    if others or group.calls != 1 or layer.weight.shape[0] != width or isinstance(layer.module, ExpertLinear):
+        return None  # an expert's output is one of several that are weighed and summed
     other = hidden.roll(1, dims=-1)  # anything of the size of the hidden states
 
     def given(output: Tensor, silent: Sequence[Layer]) -> Tensor:
@@ -98,4 +99,5 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def _same_tensor(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+    same = a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+    return same and a.numel() > 0  # tensors without entries are all at the same place

@@ -1,5 +1,6 @@
 """Finds decoder blocks and their linear layers in any Hugging Face causal LM, by structure and not by family."""
 
+import copy
 import fnmatch
 import re
 from collections.abc import Iterable, Sequence
@@ -11,33 +12,38 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trimfit.errors import InputError
+from trimfit.models.experts import ExpertLinear, are_experts, expert_linears
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear map y = W x + b, wherever the module keeps W."""
+    """One linear map y = W x + b, wherever W is kept: by a module, or as one expert's slice of a parameter.
+
+    `module` is what is called with the layer's inputs; for an expert that is no part of the model.
+    """
 
     name: str
     module: nn.Module
 
     @property
-    def _parameter(self) -> nn.Parameter:
-        return self.module.get_parameter("weight")
-
-    @property
-    def _transposed(self) -> bool:
-        return isinstance(self.module, Conv1D)  # GPT-2 stores (in, out)
-
-    @property
     def weight(self) -> Tensor:
         """W of shape (out, in): a view of the model's own parameter."""
-        parameter = self._parameter.detach()
-        return parameter.T if self._transposed else parameter
+        if isinstance(self.module, ExpertLinear):
+            return self.module.weight
+        parameter = self.module.get_parameter("weight").detach()
+        return parameter.T if isinstance(self.module, Conv1D) else parameter  # GPT-2 stores (in, out)
+
+    @property
+    def parameter(self) -> str:
+        """Name in the model of the parameter that holds W, and for an expert those of its siblings too."""
+        if isinstance(self.module, ExpertLinear):
+            return f"{self.name.rsplit('.', 2)[0]}.{self.module.parameter}"
+        return f"{self.name}.weight"
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
         """Stores W (out, in) in the model, rounded to the model's dtype."""
-        self._parameter.copy_(weight.T if self._transposed else weight)
+        self.weight.copy_(weight)
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,18 @@ class Block:
     module: nn.Module
     layers: tuple[Layer, ...]
 
+    def copy(self) -> "Block":
+        """A block with the same weights, of its own."""
+        module = copy.deepcopy(self.module)
+        found = {layer.name: layer for layer in _layers(self.name, module)}
+        return replace(self, module=module, layers=tuple(found[layer.name] for layer in self.layers))
+
 
 def find_blocks(model: PreTrainedModel) -> list[Block]:
     """The decoder blocks: the outermost list of modules that hold linear layers, one for each hidden layer.
 
-    Raises `InputError` for a model that is no decoder-only LM or has no such list, with experts or layers that share
+    What feeds a choice of experts is none of their layers: routers stay as they are. Raises `InputError` for a model
+    that is no decoder-only LM or has no such list, with experts in a form that is not known, with layers that share
     their weights, or with weights that are already quantized.
     """
     if not model.can_generate() or model.config.is_encoder_decoder:
@@ -62,11 +75,11 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
         raise InputError(f"{type(model).__name__} is already quantized; start from the full model")
     name, stack = _find_stack(model)
     blocks = [_block(index, f"{name}.{index}", module) for index, module in enumerate(stack)]
-    owners: dict[int, str] = {}
+    owners: dict[int, Layer] = {}
     for layer in (layer for block in blocks for layer in block.layers):
-        owner = owners.setdefault(id(layer.module.get_parameter("weight")), layer.name)
-        if owner != layer.name:
-            raise InputError(f"{layer.name} shares its weights with {owner}, which this version cannot compress")
+        owner = owners.setdefault(id(model.get_parameter(layer.parameter)), layer)
+        if owner.parameter != layer.parameter:
+            raise InputError(f"{layer.name} shares its weights with {owner.name}, which this version cannot compress")
     return blocks
 
 
@@ -92,9 +105,7 @@ def _size(candidate: tuple[str, nn.ModuleList]) -> int:
 
 
 def _block(index: int, name: str, module: nn.Module) -> Block:
-    layers = tuple(
-        Layer(f"{name}.{inner_name}", inner) for inner_name, inner in module.named_modules() if _is_linear(inner)
-    )
+    layers = _layers(name, module)
     for layer in layers:
         if layer.weight.dtype.itemsize < 2 or not layer.weight.is_floating_point():
             raise InputError(f"{layer.name} is already quantized ({layer.weight.dtype}); start from the full model")
@@ -102,10 +113,34 @@ def _block(index: int, name: str, module: nn.Module) -> Block:
     return Block(index, name, module, layers)
 
 
-def _check_complete(name: str, module: nn.Module, largest: int) -> None:
-    """Experts, fused or in a list, are no linear layers: pruning the rest of the block would be half the work."""
+def _layers(name: str, module: nn.Module) -> tuple[Layer, ...]:
+    routers = {id(router) for parent in module.modules() for router in _routers(parent)}
+    layers: list[Layer] = []
     for inner_name, inner in module.named_modules(prefix=name):
-        if _is_linear(inner) or isinstance(inner, nn.Conv1d):
+        if _is_linear(inner) and id(inner) not in routers:
+            layers.append(Layer(inner_name, inner))
+        elif are_experts(inner):
+            layers.extend(Layer(f"{inner_name}.{last}", linear) for last, linear in expert_linears(inner))
+    return tuple(layers)
+
+
+def _routers(module: nn.Module) -> list[nn.Module]:
+    """The linear layers beside experts that choose among them, or weigh one that all tokens share.
+
+    By their number of outputs: one for each expert, or a single one, and nothing else in the part of the module that
+    they are in. Most families have no linear layer for it, but a parameter in a module of its own.
+    """
+    outputs = {len(child.get_parameter("down_proj")) for child in module.children() if are_experts(child)}
+    if not outputs:
+        return []
+    parts = [[inner for inner in child.modules() if isinstance(inner, nn.Linear)] for child in module.children()]
+    return [router for part in parts if {inner.out_features for inner in part} <= {1, *outputs} for router in part]
+
+
+def _check_complete(name: str, module: nn.Module, largest: int) -> None:
+    """Weights that are in no layer that is known: pruning the rest of the block would be half the work."""
+    for inner_name, inner in module.named_modules(prefix=name):
+        if _is_linear(inner) or are_experts(inner) or isinstance(inner, nn.Conv1d):
             continue
         several = isinstance(inner, nn.ModuleList) and any(_is_linear(child) for child in inner.modules())
         own = inner.parameters(recurse=False)
@@ -129,9 +164,10 @@ def select_layers(model: PreTrainedModel, blocks: Sequence[Block], ignore: Itera
     expression after "re:", searched in the name. Raises `InputError` for a pattern that matches no linear layer.
     """
     linear = [name for name, module in model.named_modules() if _is_linear(module)]
+    named = {*linear, *(layer.name for block in blocks for layer in block.layers)}
     ignored: set[str] = set()
     for pattern in ignore:
-        matched = {name for name in linear if _matches(name, pattern)}
+        matched = {name for name in named if _matches(name, pattern)}
         if not matched:
             raise InputError(
                 f"the ignore pattern {pattern!r} matches no linear layer; names look like {linear[0]!r} "

@@ -1,6 +1,5 @@
 """Walks a model block by block over calibration windows, holding one block's hidden states and nothing more."""
 
-import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,12 +13,13 @@ from transformers import PreTrainedModel
 from trimfit.calibration import Drifted, InputMoments, MomentSum
 from trimfit.errors import InputError
 from trimfit.models.calls import Call, Chain
+from trimfit.models.experts import ExpertLinear, each_called, matched
 from trimfit.models.groups import Group, find_groups
 from trimfit.models.hooks import Stop, after, before
 from trimfit.models.mode import evaluation_mode
 from trimfit.models.placement import IN_MEMORY, Placement
 from trimfit.models.states import Kept, StateStore
-from trimfit.models.structure import Block, Layer
+from trimfit.models.structure import Block
 from trimfit.ranks import ALONE, Ranks
 from trimfit.timing import stage
 
@@ -28,9 +28,13 @@ _Streams = dict[str, list[Kept]]
 
 @dataclass
 class _Seen:
-    """What a group sees in one forward pass: its inputs, call by call, and the residual stream it adds to."""
+    """What a group sees in one forward pass: its inputs, call by call, and the residual stream it adds to.
+
+    Of an expert also the numbers of the tokens that it was given.
+    """
 
     inputs: list[Tensor] = field(default_factory=list[Tensor])
+    tokens: list[Tensor] = field(default_factory=list[Tensor])
     output: Tensor | None = None
     residual: Tensor | None = None
 
@@ -81,7 +85,7 @@ class Walker:
             self._start()
             for block in self.blocks:
                 with self.placement.loaded(block):
-                    self._dense_block = _copy(block) if self.dense else None
+                    self._dense_block = block.copy() if self.dense else None
                     yield block
                     if block is self.blocks[-1] and not self.to_the_end:
                         return
@@ -156,6 +160,8 @@ class Walker:
             def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
                 nonlocal remaining
                 one.inputs.append(arguments[0].clone())  # some models go on in place
+                if isinstance(module, ExpertLinear):
+                    one.tokens.append(arguments[1])
                 remaining -= 1
                 if remaining == 0 and not to_the_end:
                     raise Stop
@@ -185,7 +191,8 @@ class Walker:
         return seen, states
 
     def _run(self, block: Block, hidden: Tensor) -> Tensor:
-        with stage("forward"):
+        experts = [layer.module for layer in block.layers if isinstance(layer.module, ExpertLinear)]
+        with stage("forward"), each_called(experts):
             return self._calls[len(hidden)][block.index].run(block.module, self._on_device(hidden))
 
     def _on_device(self, hidden: Tensor) -> Tensor:
@@ -246,14 +253,13 @@ def _add(sums: Sequence[MomentSum], seen: Sequence[_Seen]) -> None:
 def _add_drifted(sums: Sequence[MomentSum], seen: Sequence[_Seen], dense: Sequence[_Seen]) -> None:
     with stage("gram"):
         for total, one, other in zip(sums, seen, dense, strict=True):
-            for inputs, dense_inputs in zip(one.inputs, other.inputs, strict=True):
+            for inputs, dense_inputs in zip(one.inputs, _beside(one, other), strict=True):
                 total.add(inputs, Drifted(dense_inputs, one.residual, other.residual))
 
 
-def _copy(block: Block) -> Block:
-    """A block with the same weights, of its own."""
-    module = copy.deepcopy(block.module)
-    layers = [
-        Layer(layer.name, module.get_submodule(layer.name.removeprefix(f"{block.name}."))) for layer in block.layers
-    ]
-    return Block(block.index, block.name, module, tuple(layers))
+def _beside(one: _Seen, dense: _Seen) -> list[Tensor]:
+    """The inputs in the dense model, of the same tokens: where it routes one elsewhere, it counts as not drifted."""
+    if not one.tokens:
+        return dense.inputs
+    calls = zip(one.inputs, one.tokens, dense.inputs, dense.tokens, strict=True)
+    return [matched(*call) for call in calls]

@@ -1,6 +1,6 @@
 """Finds, by running a block, which of its layers share an input, and which add to the residual stream."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from trimfit.models.experts import ExpertLinear
 from trimfit.models.hooks import after, before
 from trimfit.models.structure import Block, Layer
 
+_AT_ONCE = 2**28  # entries of Gram matrices: 1 GiB for each set of windows, and once more with the drift
 _CLOSE = 0.03  # relative: differences of sums in bfloat16 come within 0.01, and what is no plain sum is far off
 
 
@@ -41,6 +42,31 @@ def find_groups(block: Block, run: Callable[[Tensor], Tensor], hidden: Tensor) -
         Group(group.layers, group.calls, _adds_to(group, groups[i + 1 :], run, hidden))
         for i, group in enumerate(groups)
     ]
+
+
+def together(groups: Sequence[Group]) -> Iterator[list[Group]]:
+    """Groups in their order, in runs of which none changes the inputs of another: experts side by side.
+
+    A run is so short that its Gram matrices fit into a few GiB.
+    """
+    run: list[Group] = []
+    for group in groups:
+        if run and (_beside(run[0]) is None or _beside(run[0]) != _beside(group) or _entries([*run, group]) > _AT_ONCE):
+            yield run
+            run = []
+        run.append(group)
+    if run:
+        yield run
+
+
+def _beside(group: Group) -> str | None:
+    """The parameter that holds the weights of the group's experts."""
+    layer = group.layers[0]
+    return layer.parameter if isinstance(layer.module, ExpertLinear) else None
+
+
+def _entries(groups: Sequence[Group]) -> int:
+    return sum(group.layers[0].weight.shape[1] ** 2 for group in groups)
 
 
 def _shared_inputs(block: Block, forward: Callable[[], Tensor]) -> list[Group]:

@@ -31,7 +31,7 @@ def data(seed: int = 0) -> dict[str, Tensor]:
 def moments(d: dict[str, Tensor], *, residual: bool = True) -> InputMoments:
     x = d["x"]
     shift = (d["residual"] - d["dense_residual"]).T @ x / TOKENS if residual else None
-    return InputMoments(x.T @ x / TOKENS, Drift((x - d["dense_x"]).T @ x / TOKENS, shift))
+    return InputMoments(x.T @ x / TOKENS, Drift((x - d["dense_x"]).T @ x / TOKENS, shift), TOKENS)
 
 
 def goal_outputs(d: dict[str, Tensor], share: float, *, residual: bool = True) -> Tensor:
@@ -82,6 +82,9 @@ def test_unpruned_weights_are_the_optimum_with_damping_towards_the_dense_weights
 def test_without_drift_or_share_the_goal_is_what_the_dense_layer_gives():
     d = data()
     gram = FactoredGram(moments(d).gram, 0.01)
-    for goal in (Goal(d["weight"], moments(d), 0.0), Goal(d["weight"], InputMoments(moments(d).gram, None), 0.5)):
+    for goal in (
+        Goal(d["weight"], moments(d), 0.0),
+        Goal(d["weight"], InputMoments(moments(d).gram, None, TOKENS), 0.5),
+    ):
         assert goal.shift is None and goal.linear_term(gram) is None
         assert torch.equal(goal.unpruned(gram), d["weight"])

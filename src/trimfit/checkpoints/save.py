@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -25,7 +26,8 @@ def save_checkpoint(
 
     - `directory`: empty; that of an `atomic_directory`, so that it is all or nothing.
     - `sidecar`: what `trimfit.json` shall hold.
-    - `sparsity`: for each pruned weight, by its name in the state dict, the share of zeros that it must have at least.
+    - `sparsity`: for each pruned weight, by its layer's name and ".weight", the share of zeros that it must have at
+      least.
 
     The weights keep the dtype and the sharding they came with. In the end the checkpoint is loaded with plain
     transformers, compared bit for bit and its zeros counted. Raises `RunError` when something is not as it
@@ -84,7 +86,15 @@ def _verify(checkpoint: Checkpoint, directory: Path, sparsity: Mapping[str, floa
         if name not in loaded or not torch.equal(loaded[name], expected.cpu()):
             raise RunError(f"{name} is not the same after saving and loading; nothing was kept, please report this")
     for name, share in sparsity.items():
-        tensor = loaded[name]
+        tensor = layer_weight(loaded, name)
         zeros = int((tensor == 0).sum())
         if zeros < round(share * tensor.numel()):
             raise RunError(f"{name} has {zeros} zeros of {tensor.numel()} instead of {share:.2%}; nothing was kept")
+
+
+def layer_weight(state: Mapping[str, Tensor], name: str) -> Tensor:
+    """The weight of a layer in a state dict, by the layer's name and ".weight"; of an expert its slice of a tensor."""
+    if name in state:
+        return state[name]
+    holder, expert, parameter = name.removesuffix(".weight").rsplit(".", 2)
+    return state[f"{holder}.{parameter}"][int(expert)]

@@ -11,6 +11,7 @@ from trimfit.models.folds import HiddenScale as HiddenScale
 from trimfit.models.folds import InputScale as InputScale
 from trimfit.models.folds import ValueOutput as ValueOutput
 from trimfit.models.groups import Group as Group
+from trimfit.models.groups import together as together
 from trimfit.models.heads import QueryKey as QueryKey
 from trimfit.models.heads import find_query_key as find_query_key
 from trimfit.models.mode import evaluation_mode as evaluation_mode

@@ -20,7 +20,8 @@ _CLOSE = 0.03  # relative: differences of sums in bfloat16 come within 0.01, and
 class Group:
     """Layers of a block that receive the same input, and therefore share a Gram matrix.
 
-    - `calls`: of the first layer in one forward pass.
+    - `calls`: of the first layer in one forward pass. Of experts too it is the same for any input: they are called
+      with no token rather than not at all.
     - `adds_to`: where the residual stream can be seen to which the only layer of the group adds its output as it is:
       "input", it is the block's input; "output", it is what the block gives, less the layer's output. None for layers
       whose output goes elsewhere, or through a norm first.
@@ -29,6 +30,11 @@ class Group:
     layers: tuple[Layer, ...]
     calls: int
     adds_to: Literal["input", "output"] | None = None
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it is a layer of an expert, which sees only the tokens that are routed to it."""
+        return isinstance(self.layers[0].module, ExpertLinear)
 
 
 def find_groups(block: Block, run: Callable[[Tensor], Tensor], hidden: Tensor) -> list[Group]:
@@ -61,8 +67,7 @@ def together(groups: Sequence[Group]) -> Iterator[list[Group]]:
 
 def _beside(group: Group) -> str | None:
     """The parameter that holds the weights of the group's experts."""
-    layer = group.layers[0]
-    return layer.parameter if isinstance(layer.module, ExpertLinear) else None
+    return group.layers[0].parameter if group.is_expert else None
 
 
 def _entries(groups: Sequence[Group]) -> int:

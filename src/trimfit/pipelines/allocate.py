@@ -1,6 +1,7 @@
 """Splits a sparsity over a model's layers by what one pass through the dense model tells of them."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from trimfit.masks.allocation import STEPS, by_error, by_outliers, loss_curve, outlier_ratio, uniform
 from trimfit.models import IN_MEMORY, Block, Placement, Walker
 from trimfit.pipelines.checks import naming
+from trimfit.pipelines.few_tokens import of_no_tokens, raised_damping
 from trimfit.pipelines.observer import Observer, Silent
 from trimfit.pipelines.sensitivity import Probe, looked_at
 from trimfit.ranks import ALONE, Ranks
@@ -18,7 +20,17 @@ from trimfit.refit import FactoredGram
 
 AllocationName = Literal["uniform", "owl", "error"]
 _DEPTH = 8  # tokens for each input: what is asked of a Gram matrix here is an order of weights, not their values
-_Walk = Iterable[tuple[Block, dict[str, FactoredGram]]]
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Those of a layer: their Gram matrix, and how many there are for each token, less than 1 for an expert."""
+
+    gram: FactoredGram
+    share: float
+
+
+_Walk = Iterable[tuple[Block, dict[str, _Inputs]]]
 
 
 class BlockBudget(BaseModel):
@@ -104,9 +116,9 @@ def _outliers(inputs: _Walk) -> dict[int, float]:
     """Outlier ratio of each block that has layers."""
     return {
         block.index: outlier_ratio(
-            [layer.weight for layer in block.layers], [grams[layer.name] for layer in block.layers]
+            [layer.weight for layer in block.layers], [seen[layer.name].gram for layer in block.layers]
         )
-        for block, grams in inputs
+        for block, seen in inputs
         if block.layers
     }
 
@@ -114,11 +126,11 @@ def _outliers(inputs: _Walk) -> dict[int, float]:
 def _costs(inputs: _Walk, probe: Probe) -> dict[str, Tensor]:
     """(STEPS + 1,) estimated nats per token of each layer, by the share of its weights that is pruned."""
     losses: dict[str, Tensor] = {}
-    for block, grams in inputs:
+    for block, seen in inputs:
         probe.disturb(block)
         for layer in block.layers:
-            gram = grams[layer.name]
-            losses[layer.name] = loss_curve(layer.weight, gram) * gram.energy(layer.weight.float()).item()
+            gram, share = seen[layer.name].gram, seen[layer.name].share
+            losses[layer.name] = loss_curve(layer.weight, gram) * (share * gram.energy(layer.weight.float()).item())
     sensitivities = probe.sensitivities()
     return {name: loss * sensitivities[name] for name, loss in losses.items()}
 
@@ -130,21 +142,23 @@ def _enough(windows: Tensor, blocks: Sequence[Block]) -> Tensor:
 
 
 def _walk(walker: Walker, damping: float) -> _Walk:
-    """The blocks of the dense model, each with the Gram matrices of its layers' inputs."""
+    """The blocks of the dense model, each with what is known of its layers' inputs."""
     for block in walker:
-        yield block, _grams(walker, block, damping)
+        yield block, _inputs(walker, block, damping)
 
 
-def _grams(walker: Walker, block: Block, damping: float) -> dict[str, FactoredGram]:
-    """Of the inputs of each layer, shared where layers share them."""
+def _inputs(walker: Walker, block: Block, damping: float) -> dict[str, _Inputs]:
+    """By layer, shared where layers share them."""
     groups = walker.groups(block)
     if not groups:
         return {}
-    inputs: dict[str, FactoredGram] = {}
-    for group, gram in zip(groups, walker.grams(block, groups, "all"), strict=True):
+    inputs: dict[str, _Inputs] = {}
+    for group, moments in zip(groups, walker.moments(block, groups, "all"), strict=True):
+        seen = moments if moments.tokens else of_no_tokens(group, moments)
         with naming(group.layers[0]):
-            factored = FactoredGram(gram, damping)
-        inputs.update({layer.name: factored for layer in group.layers})
+            factored = FactoredGram(seen.gram, raised_damping(damping, group, seen.tokens))
+        share = seen.tokens / walker.windows["all"].numel()
+        inputs.update({layer.name: _Inputs(factored, share) for layer in group.layers})
     return inputs
 
 

@@ -109,14 +109,15 @@ class Offloaded:
         sparsity: Mapping[str, float],
     ) -> None:
         """Writes the source's files with the pruned weights in them."""
-        save_patched(self.stream, directory, sidecar, self._pruned(blocks, run), sparsity=sparsity)
+        whole = {name: share for name, share in sparsity.items() if name in self.stream.places}
+        save_patched(self.stream, directory, sidecar, self._pruned(blocks, run), sparsity=whole)
 
     def _pruned(self, blocks: Sequence[Block], run: RunDirectory) -> Iterator[tuple[str, Tensor]]:
         for block in blocks:
             with self.stream.loaded(block.name):
                 run.restore_all(block.layers)
-                for layer in block.layers:
-                    yield f"{layer.name}.weight", layer.module.get_parameter("weight").detach()
+                for name in dict.fromkeys(layer.parameter for layer in block.layers):  # one for many experts
+                    yield name, self.checkpoint.model.get_parameter(name).detach()
 
 
 def check_space(out: Path, model: PreTrainedModel, blocks: Sequence[Block]) -> None:

@@ -23,11 +23,13 @@ from trimfit.models import (
     find_blocks,
     find_query_key,
     select_layers,
+    together,
 )
 from trimfit.pipelines.allocate import Allocation, allocate
 from trimfit.pipelines.checks import check_finite, check_tokens, naming
 from trimfit.pipelines.config import PruneConfig
 from trimfit.pipelines.damping import DEFAULT_DAMPING, choose_damping
+from trimfit.pipelines.few_tokens import has_few, of_no_tokens, raised_damping
 from trimfit.pipelines.ledger import Blank, Ledger
 from trimfit.pipelines.observer import Observer, Silent
 from trimfit.pipelines.prune_layer import Inputs, prune_layer
@@ -169,7 +171,7 @@ class PruneRun:
         """The groups of a block in the parts whose inputs are captured together."""
         if not groups:
             return []
-        return [groups] if self.config.capture == "block" else [[group] for group in groups]
+        return [groups] if self.config.capture == "block" else list(together(groups))
 
 
 def _pattern(layer: Layer, config: PruneConfig, allocation: Allocation | None) -> Pattern:
@@ -186,11 +188,13 @@ def _prune_groups(
     moments = {name: walker.moments(block, groups, name) for name in walker.windows}
     for group in groups:
         fit, *rest = (moments[name].pop(0) for name in walker.windows)
-        held_out = rest[0] if rest else None
+        held_out = rest[0] if rest and rest[0].tokens else None
+        few = has_few(group, fit.tokens)
+        fit = fit if fit.tokens else of_no_tokens(group, fit)
         with naming(group.layers[0]):
             row_weights = _row_weights(walker, block, group, fit) if config.weighs_rows else {}
             patterns = [_pattern(layer, config, allocation) for layer in group.layers]
-            inputs = Inputs(_factorise(group, patterns, fit, held_out, config), fit, held_out, row_weights)
+            inputs = Inputs(_factorise(group, patterns, fit, held_out, config), fit, held_out, row_weights, few)
         for layer, pattern in zip(group.layers, patterns, strict=True):
             yield prune_layer(layer, block.index, inputs, config, pattern, walker.ranks)
 
@@ -207,8 +211,10 @@ def _factorise(
     group: Group, patterns: Sequence[Pattern], fit: InputMoments, held_out: InputMoments | None, config: PruneConfig
 ) -> FactoredGram:
     with stage("factorisation"):
-        if config.damping != "auto":
-            return FactoredGram(fit.gram, config.damping)
-        assert held_out is not None  # a run without any is refused
+        if config.damping != "auto" or has_few(group, fit.tokens):
+            damping = DEFAULT_DAMPING if config.damping == "auto" else config.damping
+            return FactoredGram(fit.gram, raised_damping(damping, group, fit.tokens))
+        if held_out is None:  # a run without any is refused, but an expert may get none of them
+            return FactoredGram(fit.gram, DEFAULT_DAMPING)
         weights = [layer.weight.float() for layer in group.layers]
         return choose_damping(weights, patterns, fit, held_out, config.share)

@@ -27,13 +27,15 @@ _CLEARLY = 0.01  # nearer by this share: a selector's own weights may be the opt
 class Inputs:
     """What is known of a group's inputs: the factorised Gram matrix, and the second moments it was made of.
 
-    `row_weights`, by layer name, are (out,) for layers whose rows do not count the same.
+    `row_weights`, by layer name, are (out,) for layers whose rows do not count the same. `few_tokens` is told to the
+    record. Where `calibration` is of no tokens at all there is nothing to refit to.
     """
 
     factored: FactoredGram
     calibration: InputMoments
     held_out: InputMoments | None
     row_weights: dict[str, Tensor]
+    few_tokens: bool = False
 
 
 def prune_layer(
@@ -51,9 +53,10 @@ def prune_layer(
         masked = torch.where(selection.mask, dense, 0.0)
         candidates: dict[Accepted, Tensor] = {"none": masked}
         solution: RefitSolution | None = None
-        if config.refit != "none" and selection.weight is not None:
+        kind = config.refit if inputs.calibration.tokens else "none"
+        if kind != "none" and selection.weight is not None:
             candidates = {"own": selection.weight, **candidates}
-        if config.refit == "optimal":
+        if kind == "optimal":
             target = goal.linear_term(inputs.factored)
             with stage("refit"):
                 solution = shared_refit(
@@ -88,6 +91,8 @@ def prune_layer(
         status=solution.status.value if solution else None,
         solver=type(solution.solver).__name__ if solution else None,
         steps=solution.steps if solution else None,
+        tokens=inputs.calibration.tokens,
+        few_tokens=inputs.few_tokens,
         damping=solution.damping if solution else inputs.factored.damping,
         seconds=time.perf_counter() - start,
         peak_memory=peak_memory(layer.weight.device),

@@ -46,7 +46,7 @@ class PruneRecord:
         }
 
     def zeros(self) -> dict[str, float]:
-        """For each pruned weight, by its name in the state dict, the share of zeros that it must have."""
+        """For each pruned weight, by its layer's name and ".weight", the share of zeros that it must have."""
         return {f"{record.name}.weight": record.sparsity for record in self.report.layers}
 
     def save_windows(self, directory: Path) -> None:

@@ -37,7 +37,9 @@ class LayerRecord(BaseModel):
       then.
     - `certificate`: proven bound on the distance to the optimum relative to the gain over the masked weights, of the
       whole layer; `worst_row` the largest of a single row. None where nothing was refitted.
-    - `damping`: λ used; it is above the λ asked for when the Gram matrix was singular.
+    - `tokens`: of calibration, which the Gram matrix is of. `few_tokens` says of an expert that they are too few for
+      the damping asked for: it was damped more or, without any token, masked by magnitude; its errors are of weights.
+    - `damping`: λ used; it is above the λ asked for when the Gram matrix was singular, and for experts with few tokens.
     - `seconds`: mask and refit of this layer, without the forward passes that its group shares.
     - `peak_memory`: bytes, the largest so far of this process (or of the device where it counts its own).
     """
@@ -57,6 +59,8 @@ class LayerRecord(BaseModel):
     status: str | None
     solver: str | None
     steps: int | None
+    tokens: int
+    few_tokens: bool
     damping: float
     seconds: float
     peak_memory: int

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from trimfit.errors import InputError
-from trimfit.models import Block, Walker
+from trimfit.models import Block, Layer, Walker
+from trimfit.models.hooks import after
 
 TOKENS = 1024  # about as many are looked at for one number for each layer
 NOISE = 0.1  # of the root mean square of a layer's outputs: of the order of the errors that pruning makes
@@ -23,32 +24,37 @@ def looked_at(windows: Tensor) -> Tensor:
 class Probe:
     """Adds noise to the outputs of one layer after the other, while a walker goes through the dense model.
 
+    Experts side by side get theirs at once: one alone, of many, may not be heard, or not be called on these windows.
+
     - `walker`: goes `to_the_end`, over a set of windows called `windows`, best those `looked_at`.
     """
 
     walker: Walker
     windows: str
     _noise: dict[str, float] = field(init=False, default_factory=dict[str, float])
+    _streams: dict[str, str] = field(init=False, default_factory=dict[str, str])
 
     def disturb(self, block: Block) -> None:
         """Begins a stream for each layer of the block at which the walker stands."""
+        side_by_side: dict[str, list[Layer]] = {}
         for layer in block.layers:
-            noise = _Noise()
-            handle = layer.module.register_forward_hook(noise)
-            try:
-                self.walker.branch(block, self.windows, layer.name)
-            finally:
-                handle.remove()
-            self._noise[layer.name] = noise.squares
+            side_by_side.setdefault(layer.parameter, []).append(layer)
+        for layers in side_by_side.values():
+            noise, name = _Noise(), layers[0].name
+            with after([(layer.module, noise) for layer in layers]):
+                self.walker.branch(block, self.windows, name)
+            self._noise[name] = noise.squares
+            self._streams |= dict.fromkeys((layer.name for layer in layers), name)
 
     def sensitivities(self) -> dict[str, float]:
-        """By layer name, nats per token for each unit of squared error per token in the layer's outputs.
+        """By layer name, nats for each unit of squared error in the layer's outputs, whatever the token.
 
         The divergence of the predictions from those without noise, divided by the squared norm of the noise. Call it
         when the walk is over. Raises `InputError` when predictions are not finite.
         """
         plain = list(self._log_probabilities(self.windows))
-        return {name: self._sensitivity(name, plain) for name in self._noise}
+        found = {name: self._sensitivity(name, plain) for name in self._noise}
+        return {name: found[stream] for name, stream in self._streams.items()}
 
     def _sensitivity(self, name: str, plain: list[Tensor]) -> float:
         divergence = sum(

@@ -325,6 +325,105 @@ MORE_FAMILIES = _table(
 )
 ALL_FAMILIES = FAMILIES | MORE_FAMILIES
 
+EXPERTS = 4
+_TWO_OF_THEM: dict[str, Any] = _LLAMA_SIZES | {"num_experts_per_tok": 2}
+_NARROW: dict[str, Any] = {"num_experts": EXPERTS, "moe_intermediate_size": 16}
+_LATENT: dict[str, Any] = _TWO_OF_THEM | {  # the first block has no experts, the second has
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": EXPERTS,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
+
+
+def _experts(holder: str = "mlp.experts") -> Groups:
+    """First the first layers of all experts, then the second ones."""
+    return tuple((f"{holder}.{i}.{name}",) for name in ("gate_up_proj", "down_proj") for i in range(EXPERTS))
+
+
+_ATTENTION: Groups = (_Q_K_V, ("self_attn.o_proj",))
+_LATENT_ATTENTION: Groups = (
+    ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+    ("self_attn.q_b_proj",),
+    ("self_attn.kv_b_proj",),
+    ("self_attn.o_proj",),
+)
+
+
+def _shared_expert(holder: str) -> Groups:
+    return ((f"{holder}.gate_proj", f"{holder}.up_proj"), (f"{holder}.down_proj",))
+
+
+# Mixtures of experts. Experts are no modules, so their layers are not found under their names; `groups` are those of
+# the last block.
+EXPERT_FAMILIES = _table(
+    Family("mixtral", groups=_ATTENTION + _experts(), options=_TWO_OF_THEM | {"num_local_experts": EXPERTS}),
+    Family("qwen3_moe", groups=_ATTENTION + _experts(), options=_TWO_OF_THEM | _NARROW | {"head_dim": 8}),
+    Family(
+        "qwen2_moe",
+        groups=_ATTENTION + _shared_expert("mlp.shared_expert") + _experts(),
+        options=_TWO_OF_THEM | _NARROW | {"shared_expert_intermediate_size": 24},
+    ),
+    Family("olmoe", groups=_ATTENTION + _experts(), options=_TWO_OF_THEM | {"num_experts": EXPERTS}),
+    Family(
+        "deepseek_v2",
+        groups=_LATENT_ATTENTION + _experts() + _shared_expert("mlp.shared_experts"),
+        options=_LATENT,
+    ),
+    Family(
+        "deepseek_v3",
+        groups=_LATENT_ATTENTION + _experts() + _shared_expert("mlp.shared_experts"),
+        options=_LATENT,
+    ),
+    Family(  # weights stored transposed, with biases, rows of gate and up in turn
+        "gpt_oss",
+        groups=_ATTENTION + _experts(),
+        options=_TWO_OF_THEM
+        | {"num_local_experts": EXPERTS, "head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ),
+    Family(
+        "granitemoe",
+        groups=_ATTENTION + _experts("block_sparse_moe.experts"),
+        options=_TWO_OF_THEM | {"num_local_experts": EXPERTS},
+    ),
+    Family("phimoe", groups=_ATTENTION + _experts(), options=_TWO_OF_THEM | {"num_local_experts": EXPERTS}),
+)
+
+
+@torch.no_grad()
+def plain_expert_inputs(model: PreTrainedModel, tokens: Tensor, holder: str) -> dict[str, Tensor]:
+    """What each expert's layers receive in a plain forward pass, (tokens, n) float64, written from the definition.
+
+    `holder` is the name of the module that holds the experts; names are those of the layers within the model.
+    """
+    experts = model.get_submodule(holder)
+    caught: list[tuple[Tensor, ...]] = []
+    handle = experts.register_forward_pre_hook(lambda module, arguments: caught.append(arguments))
+    model(input_ids=tokens, use_cache=False)
+    handle.remove()
+    ((hidden, chosen, _),) = caught
+    inputs: dict[str, Tensor] = {}
+    for i in range(EXPERTS):
+        x = hidden[(chosen == i).any(1)].double()
+        weight = experts.get_parameter("gate_up_proj")[i].double()
+        if model.config.model_type == "gpt_oss":
+            both = x @ weight + experts.get_parameter("gate_up_proj_bias")[i].double()
+            gate, up = both[:, 0::2].clamp(max=7), both[:, 1::2].clamp(-7, 7)
+            units = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+        else:
+            gate, up = (x @ weight.T).chunk(2, 1)
+            units = nn.functional.silu(gate) * up
+        inputs |= {f"{holder}.{i}.gate_up_proj": x, f"{holder}.{i}.down_proj": units}
+    return inputs
+
 
 def _variant(name: str, groups: Groups | None = None, **options: Any) -> Family:
     family = ALL_FAMILIES[name]

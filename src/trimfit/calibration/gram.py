@@ -83,7 +83,7 @@ class MomentSum:
         self._sums[name] += a.T @ b
 
     def value(self, device: torch.device, ranks: Ranks = ALONE) -> InputMoments:
-        """The means over the tokens that all of `ranks` have added, which may be none: an expert may have none to do."""
+        """The means over the tokens that all of `ranks` have added; an expert may have been given none."""
         counts = torch.tensor([self.tokens, self._calls])
         ranks.sum(counts)
         tokens, calls = counts.tolist()

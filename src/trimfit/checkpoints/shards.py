@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,18 +49,22 @@ def shard_files(directory: Path, stem: str = "model") -> list[Path]:
 
 
 def merge(parts: Path, directory: Path, shards: Mapping[str, str]) -> None:
-    """Moves a checkpoint from `parts`, where each weight has a file of its own, to `directory`, split as in `shards`.
+    """Moves a checkpoint from `parts` to `directory`, split as in `shards`.
 
-    Weights that `shards` does not know go to its last file. One shard is in memory at a time, and on disk twice.
+    Each weight of `parts` has a file of its own, but for views of one tensor, which are together: experts, as
+    transformers writes them. Weights that `shards` does not know go to its last file. One shard is in memory at a time,
+    and on disk twice.
     """
     index: dict[str, Any] = json.loads((parts / INDEX).read_text())
     files: dict[str, str] = index["weight_map"]
     index["weight_map"] = {name: shards.get(name, max(shards.values())) for name in files}
+    left = Counter(files.values())
     for shard in sorted(set(index["weight_map"].values())):
         names = [name for name in files if index["weight_map"][name] == shard]
         save_file({name: read_tensor(parts / files[name], name) for name in names}, directory / shard, {"format": "pt"})
-        for name in names:
-            (parts / files[name]).unlink()
+        left.subtract(files[name] for name in names)
+        for file in {files[name] for name in names if not left[files[name]]}:
+            (parts / file).unlink()
     (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (parts / INDEX).unlink()
     for other in parts.iterdir():

@@ -1,7 +1,7 @@
 """Walks a model block by block over calibration windows, holding one block's hidden states and nothing more."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -191,8 +191,7 @@ class Walker:
         return seen, states
 
     def _run(self, block: Block, hidden: Tensor) -> Tensor:
-        experts = [layer.module for layer in block.layers if isinstance(layer.module, ExpertLinear)]
-        with stage("forward"), each_called(experts):
+        with stage("forward"), _experts_called([block]):
             return self._calls[len(hidden)][block.index].run(block.module, self._on_device(hidden))
 
     def _on_device(self, hidden: Tensor) -> Tensor:
@@ -220,7 +219,8 @@ class Walker:
 
     def _check(self, chain: Chain, windows: Sequence[Tensor]) -> None:
         """Arguments recorded once must serve for all windows, taken through each block together. Finds the groups."""
-        (self._calls[1], first), *others = (chain.trace(window) for window in windows)
+        with _experts_called(self.blocks):  # rounded otherwise, a token could be routed otherwise
+            (self._calls[1], first), *others = (chain.trace(window) for window in windows)
         expected = [first, *(states for _, states in others)]
         hidden = [chain.first_input(window) for window in windows]
         if not all(torch.isfinite(states).all() for states in expected):
@@ -231,11 +231,30 @@ class Walker:
         for block in self.blocks:
             with self.placement.loaded(block):
                 self._groups[block.index] = find_groups(block, partial(self._run, block), hidden[0])
-                hidden = [self._run(block, states) for states in hidden]
-        for states, plain in zip(hidden, expected, strict=True):
-            # Token by token: the few with huge activations, which language models have, must not hide the others.
-            if ((states - plain).float().norm(dim=-1) > 1e-2 * plain.float().norm(dim=-1)).any():
-                raise chain.unsuitable()
+                entering, hidden = hidden[0], [self._run(block, states) for states in hidden]
+                self._check_experts(block, entering, hidden[0])
+        if any(_are_far(states, plain) for states, plain in zip(hidden, expected, strict=True)):
+            raise chain.unsuitable()
+
+    def _check_experts(self, block: Block, hidden: Tensor, given: Tensor) -> None:
+        """What a block gives must not depend on whether its experts are called one by one."""
+        if not any(group.is_expert for group in self.groups(block)):
+            return
+        if _are_far(given, self._calls[len(hidden)][block.index].run(block.module, hidden)):
+            raise InputError(
+                f"the experts in {block.name} do not give what they should when they are called one by one, "
+                "which calibration needs: this form of experts is not supported"
+            )
+
+
+def _are_far(states: Tensor, others: Tensor) -> bool:
+    # Token by token: the few with huge activations, which language models have, must not hide the others.
+    return bool(((states - others).float().norm(dim=-1) > 1e-2 * others.float().norm(dim=-1)).any())
+
+
+def _experts_called(blocks: Sequence[Block]) -> AbstractContextManager[None]:
+    layers = (layer.module for block in blocks for layer in block.layers)
+    return each_called(module for module in layers if isinstance(module, ExpertLinear))
 
 
 def _sum(group: Group, *, drift: bool) -> MomentSum:

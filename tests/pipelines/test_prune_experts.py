@@ -128,6 +128,7 @@ def test_an_expert_without_tokens_keeps_its_largest_weights(options: dict[str, s
     assert len(silent) == 4
     for record in silent:
         assert (record.tokens, record.few_tokens, record.accepted, record.status) == (0, True, "none", None)
+        assert record.final.held_out is None
         new, old = weight(model, record), weight(dense, record)
         assert 0 < record.sparsity < 1
         assert torch.equal(new, torch.where(new != 0, old, 0))

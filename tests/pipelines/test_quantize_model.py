@@ -17,7 +17,7 @@ from families import FAMILIES, matrix, plain_grams, plain_inputs
 from pydantic import ValidationError
 from refusals import BAD_MODELS, BAD_TOKENS, TOKENS, is_equal, state
 from torch import Tensor, nn
-from transformers import BertConfig, BertForMaskedLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import BertConfig, BertForMaskedLM, DbrxConfig, DbrxForCausalLM, PreTrainedModel
 
 from trimfit import InputError, PruneConfig, QuantizeConfig, QuantizeReport, prune, quantize
 from trimfit.pipelines.quantize_records import QuantizedRecord
@@ -555,6 +555,7 @@ def test_nothing_changes_when_refused(case: str):
     _REFUSED[case].check(lambda model, tokens, options: quantize(model, config(**options), tokens))
 
 
+_DBRX = {"vocab_size": 64, "d_model": 32, "n_heads": 4, "n_layers": 1, "max_seq_len": 64}
 _SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
 
 
@@ -566,7 +567,13 @@ _SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hid
             "BertForMaskedLM is not a decoder-only language model",
         ),
         (
-            lambda: MixtralForCausalLM(MixtralConfig(**_SIZES, num_attention_heads=4, num_key_value_heads=2)),
+            lambda: DbrxForCausalLM(
+                DbrxConfig(
+                    **_DBRX,
+                    attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
+                    ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+                )
+            ),
             "holds a mixture of experts, which this version cannot compress; nothing was changed",
         ),
     ],

@@ -92,8 +92,14 @@ def quantization_config(layers: Mapping[str, Grid], ignore: Sequence[str]) -> di
 def check_packable(model: PreTrainedModel, names: Iterable[str]) -> None:
     """Raises `InputError` for layers the format cannot hold: not `torch.nn.Linear` itself, or with shared weights."""
     tied = _tied(model)
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     for name in names:
-        module = model.get_submodule(name)
+        if name not in modules:
+            raise InputError(
+                f"{name} is one of several experts in one tensor, but the pack-quantized format holds torch.nn.Linear "
+                "only: this model cannot be packed; --format dense holds the same weights"
+            )
+        module = modules[name]
         if type(module) is not nn.Linear:  # nor a subclass: transformers does not load Falcon's, packed
             raise InputError(
                 f"{name} is a {type(module).__name__}, but the pack-quantized format holds torch.nn.Linear only: "

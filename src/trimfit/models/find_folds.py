@@ -7,7 +7,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from trimfit.models.folds import AnyLayer, ExpertLayer, Folds, HiddenScale, InputScale, ValueOutput
+from trimfit.models.experts import ExpertLinear
+from trimfit.models.folds import Folds, HiddenScale, InputScale, ValueOutput
 from trimfit.models.structure import Layer
 from trimfit.models.wiring import FAMILIES, Attention, Mlp, Norm, Wiring
 from trimfit.quant.moments import Norm as MomentNorm
@@ -119,14 +120,14 @@ class Finder:
         except AttributeError:
             raise Refused(f"there is no {name}") from None
 
-    def layers(self, name: str) -> tuple[AnyLayer, ...]:
+    def layers(self, name: str) -> tuple[Layer, ...]:
         """The layer of that name, or one for each expert."""
         holder, _, last = name.rpartition(".")
         parent = self.module(holder)
         found = getattr(parent, last, None)
         if isinstance(found, nn.Parameter) and found.dim() == 3:
             owner = f"{self.name}.{holder}"
-            return tuple(ExpertLayer(f"{owner}.{i}.{last}", parent, last, i) for i in range(len(found)))
+            return tuple(Layer(f"{owner}.{i}.{last}", ExpertLinear(parent, last, i)) for i in range(len(found)))
         layer = self.module(name)
         weight = getattr(layer, "weight", None)
         if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
@@ -134,10 +135,10 @@ class Finder:
         return (Layer(f"{self.name}.{name}", layer),)
 
     def layer(self, name: str) -> Layer:
-        found = self.layers(name)[0]
-        if not isinstance(found, Layer):
+        found = self.layers(name)
+        if isinstance(found[0].module, ExpertLinear):
             raise Refused(f"{name} is no single layer")
-        return found
+        return found[0]
 
     def norm(self, name: str) -> MomentNorm:
         """What a norm does, for second moments."""
@@ -156,7 +157,7 @@ class Finder:
         weight = getattr(module, "weight", None)
         if not isinstance(weight, nn.Parameter):
             raise Refused("it has no weights")
-        readers: list[AnyLayer] = []
+        readers: list[Layer] = []
         for name in norm.readers:
             readers.extend(layers := self.layers(name))
             if weight.dim() != 1 or any(layer.weight.shape[1] != len(weight) for layer in layers):
@@ -173,11 +174,11 @@ class Finder:
             raise Refused(f"there are {len(ups)} of the one and {len(downs)} of the other")
         return [self._hidden_scale(mlp, up, down) for up, down in zip(ups, downs, strict=True)]
 
-    def _hidden_scale(self, mlp: Mlp, up: AnyLayer, down: AnyLayer) -> HiddenScale:
+    def _hidden_scale(self, mlp: Mlp, up: Layer, down: Layer) -> HiddenScale:
         width, rows = down.weight.shape[1], len(up.weight)
         if rows != (2 * width if mlp.gate == "stacked" else width):
             raise Refused(f"the {rows} rows of the one do not fit the {width} columns of the other")
-        if not getattr(up.module, "is_concatenated", True):
+        if isinstance(up.module, ExpertLinear) and not up.module.experts.is_concatenated:
             raise Refused("rows of gate and up alternate")
         return HiddenScale(up, torch.arange(rows - width, rows), down)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trimfit.models.find_folds import Finder, Refused, find_wiring
-from trimfit.models.folds import AnyLayer, ValueOutput
+from trimfit.models.folds import ValueOutput
 from trimfit.models.structure import Layer
 from trimfit.quant.moments import Norm
 
@@ -94,7 +94,7 @@ def _hidden(finder: Finder) -> Hidden:
     return Hidden(up, torch.arange(rows - width, rows), gate, torch.arange(width), activation, down)
 
 
-def rows_of(layer: AnyLayer, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+def rows_of(layer: Layer, rows: Tensor) -> tuple[Tensor, Tensor | None]:
     """Some rows of a layer's weight (rows, in), and of its bias if it has one."""
     bias = getattr(layer.module, "bias", None)
     return layer.weight[rows], bias.detach()[rows] if isinstance(bias, nn.Parameter) else None

@@ -15,29 +15,6 @@ from trimfit.errors import InputError
 from trimfit.models.structure import Layer
 
 
-@dataclass(frozen=True)
-class ExpertLayer:
-    """One expert's linear map y = W x out of a parameter (experts, out, in) that holds those of all; never a bias."""
-
-    name: str
-    module: nn.Module
-    parameter: str
-    expert: int
-
-    @property
-    def weight(self) -> Tensor:
-        """W of shape (out, in): a view of the model's own parameter."""
-        return self.module.get_parameter(self.parameter).detach()[self.expert]
-
-    @torch.no_grad()
-    def write(self, weight: Tensor) -> None:
-        """Stores W (out, in) in the model, rounded to the model's dtype."""
-        self.weight.copy_(weight)
-
-
-AnyLayer = Layer | ExpertLayer
-
-
 @dataclass(frozen=True, eq=False)
 class InputScale:
     """A norm, whose output takes a factor t > 0 per channel, and all layers that read it, whose columns are divided.
@@ -51,7 +28,7 @@ class InputScale:
     norm: str
     module: nn.Module
     offset: float
-    layers: tuple[AnyLayer, ...]
+    layers: tuple[Layer, ...]
 
     @property
     def readers(self) -> tuple[str, ...]:
@@ -111,9 +88,9 @@ class HiddenScale:
     - `down_layer`: reads the hidden units, (out, ffn).
     """
 
-    up_layer: AnyLayer
+    up_layer: Layer
     up_rows: Tensor
-    down_layer: AnyLayer
+    down_layer: Layer
 
     def up_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """A copy of the rows that make the hidden units, (ffn, n)."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimfit.models import Block, Walker, check_causal, find_blocks, find_flow, find_folds, select_layers
+from trimfit.models import Block, Walker, check_causal, find_blocks, find_flow, find_folds, select_layers, together
 from trimfit.pipelines.checks import check_finite, check_tokens
 from trimfit.pipelines.observer import Observer, Silent
 from trimfit.pipelines.quantize_block import BlockWork
@@ -107,10 +107,11 @@ class QuantizeRun:
         work = self._begin(block)
         for layer in block.layers:
             layer.write(work.weights[layer.name])  # the norms are folded already, and the inputs seen through them
-        for group in walker.groups(block):
-            work.quantize(group.layers, walker.grams(block, [group], "fit")[0], data=True)
-            for layer in group.layers:
-                layer.write(work.layers[layer.name].weight)
+        for groups in together(walker.groups(block)):
+            for group, moments in zip(groups, walker.moments(block, groups, "fit"), strict=True):
+                work.quantize_group(group, moments)
+                for layer in group.layers:
+                    layer.write(work.layers[layer.name].weight)
         self._finish(work)
 
     def report(self, *, windows: int = 0, window_length: int = 0) -> QuantizeReport:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from trimfit.calibration import InputMoments
 from trimfit.errors import RunError
-from trimfit.models import Block, Folds, Layer, ValueOutput
+from trimfit.models import Block, Folds, Group, Layer, ValueOutput
 from trimfit.pipelines.checks import naming
+from trimfit.pipelines.few_tokens import has_few, raised_damping
 from trimfit.pipelines.fold_block import fold_block, is_pruned
 from trimfit.pipelines.quantize_config import QuantizeConfig
 from trimfit.pipelines.quantize_records import QuantizedRecord
@@ -32,7 +34,8 @@ class QuantizedLayer:
     """What has become of a layer.
 
     - `quantized`: of W T, where there is an online transformation T, else of W.
-    - `gram`: (in, in) of its inputs before any T, or None; `data`, whether it is of calibration windows.
+    - `gram`: (in, in) of its inputs before any T, or None; `data`, whether it is of calibration windows, and then
+      `tokens` of them.
     """
 
     quantized: Quantized
@@ -40,6 +43,8 @@ class QuantizedLayer:
     gram: Tensor | None
     data: bool
     seconds: float
+    tokens: int | None = None
+    few_tokens: bool = False
 
     @property
     def weight(self) -> Tensor:
@@ -92,13 +97,27 @@ class BlockWork:
     def _readers(self, layer: Layer) -> tuple[str, ...]:
         return next((scale.readers for scale in self.folds.inputs if layer.name in scale.readers), (layer.name,))
 
-    def quantize(self, layers: Sequence[Layer], gram: Tensor | None, *, data: bool) -> None:
+    def quantize_group(self, group: Group, moments: InputMoments) -> None:
+        """Quantizes layers that share their input, with the moments of that input over calibration windows.
+
+        An expert with few tokens gets more damping, and one without any is rounded as without data.
+        """
+        gram = moments.gram if moments.tokens else None
+        damping = raised_damping(self.config.damping_for(data=True), group, moments.tokens)
+        self.quantize(group.layers, gram, data=gram is not None, damping=damping)
+        for layer in group.layers:
+            done = self.layers[layer.name]
+            done.tokens, done.few_tokens = moments.tokens, has_few(group, moments.tokens)
+
+    def quantize(
+        self, layers: Sequence[Layer], gram: Tensor | None, *, data: bool, damping: float | None = None
+    ) -> None:
         """Quantizes layers that share their input, with the Gram matrix (in, in) of that input if there is one.
 
         `data` says whether it is one of calibration windows. Transformations are chosen without it: by the error of
         nearest rounding a Gram matrix favours those that leave error feedback less to do (docs/quantization.md).
         """
-        damping = self.config.damping_for(data=data)
+        damping = self.config.damping_for(data=data) if damping is None else damping
         start = time.perf_counter()
         transform = self._find_transform(layers)
         factored: list[FactoredGram] = []
@@ -195,6 +214,8 @@ class BlockWork:
             pruned=self._pruned[name],
             weight_error=((weight - exact).square().sum() / exact.square().sum().clamp(min=1e-30)).item(),
             output_error=gram_error(weight, exact, done.gram) if done.data and done.gram is not None else None,
+            tokens=done.tokens,
+            few_tokens=done.few_tokens,
             seconds=done.seconds,
             peak_memory=peak_memory(device),
         )

@@ -14,6 +14,8 @@ class QuantizedRecord(BaseModel):
     - `zeros`: share of its weights that are exactly 0, all of which stay 0 if `pruned`.
     - `weight_error`: ‖Ŵ − W‖² / ‖W‖², of the transformed weights where there is an online transformation undone again.
     - `output_error`: tr((Ŵ − W) H (Ŵ − W)ᵀ) / tr(W H Wᵀ) with the Gram matrix of calibration; None without.
+    - `tokens`: of calibration, which the Gram matrix is of; None without data. `few_tokens` says of an expert that they
+      are too few for the damping asked for: it was damped more or, without any token, rounded as without data.
     - `seconds`: of this layer alone. `peak_memory`: bytes, the largest so far.
     """
 
@@ -29,6 +31,8 @@ class QuantizedRecord(BaseModel):
     pruned: bool
     weight_error: float
     output_error: float | None
+    tokens: int | None
+    few_tokens: bool
     seconds: float
     peak_memory: int
 

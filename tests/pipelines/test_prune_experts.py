@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trimfit import CalibrationConfig, PruneConfig, PruneReport, prune
+from trimfit.cli import show
 from trimfit.models import Walker, find_blocks, groups
 from trimfit.pipelines import allocate
 from trimfit.pipelines.observer import Silent
@@ -148,6 +149,16 @@ def test_few_tokens_are_damped_more_and_the_record_says_so():
         assert record.damping == pytest.approx(0.01 * max(1, enough / record.tokens))
     many = prune(EXPERT_FAMILIES["mixtral"].build(), windows(60), PAPER)
     assert any(is_expert(record) and not record.few_tokens and record.damping == 0.01 for record in many.layers)
+
+
+def test_the_summary_says_so(capsys: pytest.CaptureFixture[str]):
+    show.prune(prune(starved(), windows(4), PAPER), "windows", Path("out"), as_json=False)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "16 layers of experts saw too few tokens for their width and were damped more, 4 of them saw none" in said
+    assert "simpler weights" not in said
+    dense = prune(EXPERT_FAMILIES["mixtral"].build(), windows(4), PAPER.model_copy(update={"ignore": ("experts.*",)}))
+    show.prune(dense, "windows", Path("out"), as_json=False)
+    assert "too few tokens" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("capture", ["group", "block"])

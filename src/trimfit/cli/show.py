@@ -19,7 +19,7 @@ from rich.text import Text
 
 from trimfit.demo.run import PROMPT, DemoRow
 from trimfit.evaluate import Score
-from trimfit.pipelines import Finished, Observer, PruneReport, QuantizeReport
+from trimfit.pipelines import Finished, LayerRecord, Observer, PruneReport, QuantizedRecord, QuantizeReport
 from trimfit.pipelines.evaluate_checkpoint import Evaluation
 
 
@@ -112,13 +112,14 @@ def prune(report: PruneReport, calibration: str, out: Path, *, as_json: bool) ->
             f"of its optimum (gap / gain over the mask), at most {report.steps} solver steps"
             + (f"; {unfinished} layers did not reach the tolerance" if unfinished else "")
         )
-    simpler = [record.name for record in report.layers if record.accepted != config.refit]
+    simpler = [record.name for record in report.layers if record.accepted != config.refit and record.tokens]
     if simpler:
         console.print(
             f"{len(simpler)} layers keep simpler weights, which on held-out windows are nearer to the target than "
             f"{'the refit' if config.refit == 'optimal' else 'the update'}: {', '.join(simpler[:3])}"
             + (", …" if len(simpler) > 3 else "")
         )
+    _few_tokens(console, report.layers)
     console.print(f"{report.seconds:.1f} s, peak memory {report.peak_memory / 2**20:.0f} MiB")
     console.print(
         f"written to {out} (plain transformers loads it; records in {out}/trimfit.json)", soft_wrap=True, markup=False
@@ -153,6 +154,7 @@ def quantize(report: QuantizeReport, calibration: str | None, form: str, out: Pa
     if pruned:
         zeros = sum(record.zeros for record in pruned) / len(pruned)
         console.print(f"{len(pruned)} layers were pruned; their zeros stay, {zeros:.2%} on average")
+    _few_tokens(console, report.layers)
     console.print(f"{report.seconds:.1f} s, peak memory {report.peak_memory / 2**20:.0f} MiB")
     loads = {
         "gguf": "llama.cpp",
@@ -161,6 +163,18 @@ def quantize(report: QuantizeReport, calibration: str | None, form: str, out: Pa
     }
     reader = "trimfit.load" if online else loads[form]
     console.print(f"written to {out} ({reader} loads it; records in {out}/trimfit.json)", soft_wrap=True)
+
+
+def _few_tokens(console: Console, records: Sequence[LayerRecord | QuantizedRecord]) -> None:
+    """How many experts the calibration tokens were too few for."""
+    few = [record for record in records if record.few_tokens]
+    none = [record for record in few if not record.tokens]
+    if few:
+        console.print(
+            f"{len(few)} layers of experts saw too few tokens for their width and were damped more"
+            + (f", {len(none)} of them saw none, so data tells nothing of them" if none else "")
+            + "; more calibration windows help"
+        )
 
 
 def score(result: Score, text: str, *, as_json: bool) -> None:

@@ -264,3 +264,15 @@ def test_experts_side_by_side_are_probed_together():
     for block in walker.blocks:
         for name in ("gate_up_proj", "down_proj"):
             assert len({found[f"{block.name}.mlp.experts.{i}.{name}"] for i in range(EXPERTS)}) == 1
+
+
+def test_one_block_in_memory(tmp_path: Path):
+    """For families whose files hold experts in one tensor as the model does; of others every tensor is converted."""
+    calibration = request_files(tmp_path, EXPERT_FAMILIES["gpt_oss"])
+    source, device = str(tmp_path / "model"), torch.device("cpu")
+    for name, offload in (("out", True), ("whole", False)):
+        prune_checkpoint(source, tmp_path / name, PAPER, calibration, device=device, offload=offload)
+    offloaded, whole = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto") for name in ("out", "whole")
+    )
+    assert not changed(offloaded, whole)

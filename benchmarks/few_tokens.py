@@ -2,7 +2,7 @@
 
     python benchmarks/few_tokens.py
 
-Layers of the embedded model are pruned to 50 % by joint masks and refitted on T tokens drawn at random, for T from 1/16
+Layers of the embedded model are pruned to 50 % by Wanda and refitted on T tokens drawn at random, for T from 1/16
 of a layer's inputs n to 8 times as many, with λ = 0.01·max(1, c·n/T). Errors are on 2048 other tokens, as a multiple of
 that with the best λ of a grid, the geometric mean over four layers. `masked` is the mask of c = 8, without refit.
 Prints a Markdown table.
@@ -24,7 +24,7 @@ RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
 FACTORS = (0, 2, 4, 8, 16, 32)
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 HELD_OUT = 2048
-PATTERN = PruneConfig(sparsity=0.5).mask_pattern
+PATTERN = PruneConfig(sparsity=0.5, selector="wanda").mask_pattern
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def inputs() -> dict[str, tuple[Tensor, Tensor]]:
 def errors(weight: Tensor, x: Tensor, test: Tensor, damping: float) -> tuple[float, float]:
     """Relative errors on `test`, (tokens, in) as `x`: refitted, and with the mask alone."""
     gram = FactoredGram(x.T @ x / len(x), damping)
-    mask = SELECTORS["joint"].select(weight, gram, PATTERN).mask
+    mask = SELECTORS["wanda"].select(weight, gram, PATTERN).mask
     refitted = refit(gram, weight, mask, solver=Auto(1e-3)).weight
     energy = (test @ weight.T).square().sum()
     refit_error, mask_error = (

@@ -12,7 +12,7 @@ from trimfit.models.experts import ExpertLinear
 from trimfit.models.hooks import after, before
 from trimfit.models.structure import Block, Layer
 
-_AT_ONCE = 2**28  # entries of Gram matrices: 1 GiB for each set of windows, and once more with the drift
+_AT_ONCE = 2**28  # entries of Gram matrices: 2 GiB of sums, and once more with the drift
 _CLOSE = 0.03  # relative: differences of sums in bfloat16 come within 0.01, and what is no plain sum is far off
 
 

@@ -7,7 +7,7 @@ import torch
 from trimfit.calibration import InputMoments
 from trimfit.models import Group
 
-ENOUGH = 8  # tokens for each input of an expert; measured (docs/method.md, section 14)
+ENOUGH = 8  # tokens for each input of an expert; measured: docs/method.md, section 14
 
 
 def raised_damping(damping: float, group: Group, tokens: int) -> float:

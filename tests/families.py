@@ -8,6 +8,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -124,6 +125,20 @@ def plain_inputs(model: PreTrainedModel, tokens: Tensor, names: Sequence[str]) -
 def plain_grams(model: PreTrainedModel, tokens: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
     """XᵀX / T of each layer's inputs X in a plain forward pass."""
     return {name: x.T @ x / len(x) for name, x in plain_inputs(model, tokens, names).items()}
+
+
+class InFloat64(TorchFunctionMode):
+    """What transformers computes in float32 whatever the dtype (norms, softmax, routing), in float64 instead."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        exact = {torch.float32: torch.float64}
+        args = tuple(exact.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
+        kwargs = {k: exact.get(v, v) if isinstance(v, torch.dtype) else v for k, v in (kwargs or {}).items()}
+        return func(*args, **kwargs)
 
 
 def make_word_tokenizer(size: int = VOCABULARY) -> PreTrainedTokenizerFast:

@@ -14,12 +14,12 @@ from families import (
     FAMILIES,
     MORE_FAMILIES,
     Family,
+    InFloat64,
     matrix,
     vision_language_model,
     windows,
 )
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from trimfit.errors import InputError
@@ -187,20 +187,6 @@ CASES: dict[str, Case] = {
 
 def for_each_case() -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
-
-
-class InFloat64(TorchFunctionMode):
-    """What transformers computes in float32 whatever the dtype (norms, softmax, routing), in float64 instead."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is Tensor.float:
-            func = Tensor.double
-        exact = {torch.float32: torch.float64}
-        args = tuple(exact.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
-        kwargs = {k: exact.get(v, v) if isinstance(v, torch.dtype) else v for k, v in (kwargs or {}).items()}
-        return func(*args, **kwargs)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Second moments summed over calibration tokens as they stream past: nothing but the sums is kept."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,11 @@ class Drift:
     inputs: Tensor
     residual: Tensor | None
 
+    def reordered(self, permutation: Tensor) -> "Drift":
+        """The drift as it would be with input `permutation[i]` in place i, for a permutation (n,)."""
+        residual = None if self.residual is None else self.residual[:, permutation]
+        return Drift(self.inputs[permutation][:, permutation], residual)
+
 
 @dataclass(frozen=True)
 class InputMoments:
@@ -33,6 +38,11 @@ class InputMoments:
     gram: Tensor
     drift: Drift | None
     tokens: int
+
+    def reordered(self, permutation: Tensor) -> "InputMoments":
+        """The moments as they would be with input `permutation[i]` in place i, for a permutation (n,)."""
+        drift = None if self.drift is None else self.drift.reordered(permutation)
+        return replace(self, gram=self.gram[permutation][:, permutation], drift=drift)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,13 @@ def prune(
             "\\[default: attention for joint]"
         ),
     ] = None,
+    reorder: Annotated[
+        bool | None,
+        typer.Option(
+            help="For N:M: put hidden units and dimensions of V in an order that suits the pattern, which changes "
+            "nothing else. \\[default: yes for joint]"
+        ),
+    ] = None,
     refit: Annotated[str, typer.Option(help="optimal, own (the selector's update) or none.")] = "optimal",
     target: Annotated[
         str, typer.Option(help="What to reproduce: dense (the dense model's activations) or layer (the layer's own).")
@@ -97,6 +104,7 @@ def prune(
         "scope": scope,
         "allocation": allocation,
         "row_weights": row_weights,
+        "reorder": reorder,
         "refit": refit,
         "target": target,
         "dense_share": dense_share,

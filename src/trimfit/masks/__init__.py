@@ -8,6 +8,8 @@ from trimfit.masks.patterns import Unstructured as Unstructured
 from trimfit.masks.patterns import check_width as check_width
 from trimfit.masks.patterns import keep_best as keep_best
 from trimfit.masks.patterns import parse_pattern as parse_pattern
+from trimfit.masks.permutation import obs_scores as obs_scores
+from trimfit.masks.permutation import spread as spread
 from trimfit.masks.selection import Selection as Selection
 from trimfit.masks.selection import Selector as Selector
 

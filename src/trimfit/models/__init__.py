@@ -10,6 +10,8 @@ from trimfit.models.folds import Folds as Folds
 from trimfit.models.folds import HiddenScale as HiddenScale
 from trimfit.models.folds import InputScale as InputScale
 from trimfit.models.folds import ValueOutput as ValueOutput
+from trimfit.models.free_order import FreeOrder as FreeOrder
+from trimfit.models.free_order import find_free_orders as find_free_orders
 from trimfit.models.groups import Group as Group
 from trimfit.models.groups import together as together
 from trimfit.models.heads import QueryKey as QueryKey

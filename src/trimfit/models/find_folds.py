@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -175,12 +175,16 @@ class Finder:
         return [self._hidden_scale(mlp, up, down) for up, down in zip(ups, downs, strict=True)]
 
     def _hidden_scale(self, mlp: Mlp, up: Layer, down: Layer) -> HiddenScale:
+        return HiddenScale(up, self.hidden_rows(mlp, up, down), down)
+
+    def hidden_rows(self, mlp: Mlp, up: Layer, down: Layer) -> Tensor:
+        """(ffn,) rows of `up` that make the hidden units, which a gate may multiply."""
         width, rows = down.weight.shape[1], len(up.weight)
         if rows != (2 * width if mlp.gate == "stacked" else width):
             raise Refused(f"the {rows} rows of the one do not fit the {width} columns of the other")
         if isinstance(up.module, ExpertLinear) and not up.module.experts.is_concatenated:
             raise Refused("rows of gate and up alternate")
-        return HiddenScale(up, torch.arange(rows - width, rows), down)
+        return torch.arange(rows - width, rows)
 
     def value_output(self, attention: Attention, heads: int, kv_heads: int) -> ValueOutput:
         """`heads`, `kv_heads`: what the config says, to be found in the widths again."""

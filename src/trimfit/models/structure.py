@@ -40,6 +40,22 @@ class Layer:
             return f"{self.name.rsplit('.', 2)[0]}.{self.module.parameter}"
         return f"{self.name}.weight"
 
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """`parameter`, and that of b where there is one."""
+        if self.bias is None:
+            return (self.parameter,)
+        experts = isinstance(self.module, ExpertLinear)
+        return self.parameter, f"{self.parameter}_bias" if experts else f"{self.name}.bias"
+
+    @property
+    def bias(self) -> Tensor | None:
+        """b of shape (out,), if there is any: a view of the model's own parameter."""
+        if isinstance(self.module, ExpertLinear):
+            return self.module.bias
+        bias = getattr(self.module, "bias", None)
+        return bias.detach() if isinstance(bias, nn.Parameter) else None
+
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
         """Stores W (out, in) in the model, rounded to the model's dtype."""

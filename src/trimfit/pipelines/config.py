@@ -23,6 +23,8 @@ class PruneConfig(BaseModel):
     - `allocation`: how the sparsity is split over the layers: "uniform", the same in each; "owl", less in blocks with
       many outliers; "error", so that the estimated cost in nats is least; None is "error" for the selector joint,
       "uniform" for others and for an N:M pattern, which leaves nothing to split.
+    - `reorder`: whether inputs whose order is free are first put in one that suits an N:M pattern: the hidden units of
+      an MLP, and the dimensions of V within a KV head; None is yes for the selector joint and a pattern, no for others.
     - `refit`: "optimal" refits the dense weights to the mask; "own" keeps the selector's updated weights;
       "none" keeps the dense weights where the mask is True.
     - `target`: what the refit, and the selector, aim at: "layer" is what the dense layer gives on the inputs of the
@@ -48,6 +50,7 @@ class PruneConfig(BaseModel):
     scope: Literal["row", "layer"] | None = None
     row_weights: Literal["equal", "attention"] | None = None
     allocation: Literal["uniform", "owl", "error"] | None = None
+    reorder: bool | None = None
     refit: Literal["optimal", "own", "none"] = "optimal"
     target: Literal["layer", "dense"] = "dense"
     dense_share: float = Field(default=0.5, gt=0, le=1)
@@ -84,6 +87,8 @@ class PruneConfig(BaseModel):
                 raise ValueError("an N:M pattern leaves no sparsity to split: use the allocation 'uniform'")
             if self.scope is not None:
                 raise ValueError("scope belongs to an unstructured sparsity, not to an N:M pattern")
+        elif self.reorder:
+            raise ValueError("to reorder inputs belongs to an N:M pattern, not to an unstructured sparsity")
         if self.damping == "auto" and self.held_out == 0:
             raise ValueError("damping 'auto' is chosen on held-out windows: give held_out a share above 0")
         if self.refit == "own" and not SELECTORS[self.selector].updates_weights:
@@ -109,6 +114,11 @@ class PruneConfig(BaseModel):
     def split(self) -> Literal["uniform", "owl", "error"]:
         """The allocation asked for, or the default of the selector."""
         return self.allocation or ("error" if self.selector == "joint" and self.pattern is None else "uniform")
+
+    @property
+    def reorders(self) -> bool:
+        """Whether inputs are reordered where their order is free."""
+        return self.pattern is not None and (self.selector == "joint" if self.reorder is None else self.reorder)
 
     @property
     def weighs_rows(self) -> bool:

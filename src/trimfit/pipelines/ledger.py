@@ -25,12 +25,20 @@ class Ledger(Protocol):
         """Keeps how the sparsity is split."""
         ...
 
-    def restore(self, layers: Sequence[Layer]) -> list[LayerRecord] | None:
-        """Writes the weights of layers that were finished before, and gives their records; None if they were not."""
+    def restore(self, layers: Sequence[Layer], block: Sequence[Layer]) -> list[LayerRecord] | None:
+        """Writes the weights of layers that were finished before, and gives their records; None if they were not.
+
+        `block` are all layers of their block: those that were reordered with them are restored too.
+        """
         ...
 
-    def keep(self, layers: Sequence[Layer], records: Sequence[LayerRecord], seconds: float) -> None:
-        """Keeps the weights and records of layers that are finished, `seconds` after the run began."""
+    def keep(
+        self, layers: Sequence[Layer], reordered: Sequence[Layer], records: Sequence[LayerRecord], seconds: float
+    ) -> None:
+        """Keeps the weights and records of layers that are finished, `seconds` after the run began.
+
+        `reordered` are those whose rows or columns changed places at the same time; they may be finished already.
+        """
         ...
 
 
@@ -43,8 +51,10 @@ class Blank:
     def keep_allocation(self, allocation: Allocation) -> None:
         """Ignored."""
 
-    def restore(self, layers: Sequence[Layer]) -> None:
+    def restore(self, layers: Sequence[Layer], block: Sequence[Layer]) -> None:
         """There is nothing."""
 
-    def keep(self, layers: Sequence[Layer], records: Sequence[LayerRecord], seconds: float) -> None:
+    def keep(
+        self, layers: Sequence[Layer], reordered: Sequence[Layer], records: Sequence[LayerRecord], seconds: float
+    ) -> None:
         """Ignored."""

@@ -116,7 +116,7 @@ class Offloaded:
         for block in blocks:
             with self.stream.loaded(block.name):
                 run.restore_all(block.layers)
-                for name in dict.fromkeys(layer.parameter for layer in block.layers):  # one for many experts
+                for name in dict.fromkeys(name for layer in block.layers for name in layer.parameters):
                     yield name, self.checkpoint.model.get_parameter(name).detach()
 
 

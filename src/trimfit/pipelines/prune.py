@@ -1,7 +1,7 @@
 """Prune in place: for each block, for each group of layers with the same input: Gram matrix, mask, refit."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -15,12 +15,14 @@ from trimfit.models import (
     IN_MEMORY,
     Block,
     Chain,
+    FreeOrder,
     Group,
     Layer,
     Placement,
     Walker,
     check_causal,
     find_blocks,
+    find_free_orders,
     find_query_key,
     select_layers,
     together,
@@ -34,6 +36,7 @@ from trimfit.pipelines.ledger import Blank, Ledger
 from trimfit.pipelines.observer import Observer, Silent
 from trimfit.pipelines.prune_layer import Inputs, prune_layer
 from trimfit.pipelines.records import LayerRecord, PruneReport, peak_memory, versions
+from trimfit.pipelines.reorder import reorder
 from trimfit.pipelines.row_weights import attention_row_weights
 from trimfit.ranks import ALONE, Ranks
 from trimfit.refit import FactoredGram
@@ -154,17 +157,19 @@ class PruneRun:
         self.observer.stage("reading the calibration windows")
         for block in walker:
             self.observer.stage(f"block {block.index + 1} of {len(self.blocks)}")
+            orders = find_free_orders(self.model, block) if self.config.reorders else {}
             for groups in self._together(walker.groups(block)):
                 layers = [layer for group in groups for layer in group.layers]
-                records = self.ledger.restore(layers)
-                finished = iter(records or _prune_groups(walker, block, groups, self.config, allocation))
+                records = self.ledger.restore(layers, block.layers)
+                finished = iter(records or _prune_groups(walker, block, groups, orders, self.config, allocation))
                 kept: list[LayerRecord] = []
                 for record in finished:
                     kept.append(record)
                     done += record.shape[0] * record.shape[1]
                     self.observer.layer(record, done / total)
                 if records is None:
-                    self.ledger.keep(layers, kept, time.perf_counter() - start)
+                    reordered = [one for layer in layers if layer.name in orders for one in orders[layer.name].layers]
+                    self.ledger.keep(layers, reordered, kept, time.perf_counter() - start)
                 yield from kept
 
     def _together(self, groups: Sequence[Group]) -> list[Sequence[Group]]:
@@ -182,21 +187,39 @@ def _pattern(layer: Layer, config: PruneConfig, allocation: Allocation | None) -
 
 
 def _prune_groups(
-    walker: Walker, block: Block, groups: Sequence[Group], config: PruneConfig, allocation: Allocation | None
+    walker: Walker,
+    block: Block,
+    groups: Sequence[Group],
+    orders: Mapping[str, FreeOrder],
+    config: PruneConfig,
+    allocation: Allocation | None,
 ) -> Iterator[LayerRecord]:
     """Prunes groups whose inputs are captured together; their second moments live no longer than this generator."""
     moments = {name: walker.moments(block, groups, name) for name in walker.windows}
     for group in groups:
         fit, *rest = (moments[name].pop(0) for name in walker.windows)
-        held_out = rest[0] if rest and rest[0].tokens else None
         few = has_few(group, fit.tokens)
         fit = fit if fit.tokens else of_no_tokens(group, fit)
         with naming(group.layers[0]):
+            fit, *rest = _reordered(group, orders, [fit, *rest], config)
+            held_out = rest[0] if rest and rest[0].tokens else None
             row_weights = _row_weights(walker, block, group, fit) if config.weighs_rows else {}
             patterns = [_pattern(layer, config, allocation) for layer in group.layers]
             inputs = Inputs(_factorise(group, patterns, fit, held_out, config), fit, held_out, row_weights, few)
         for layer, pattern in zip(group.layers, patterns, strict=True):
             yield prune_layer(layer, block.index, inputs, config, pattern, walker.ranks)
+
+
+def _reordered(
+    group: Group, orders: Mapping[str, FreeOrder], moments: list[InputMoments], config: PruneConfig
+) -> list[InputMoments]:
+    """The moments of a group, after the inputs of its only layer were reordered, if their order is free."""
+    order = orders.get(group.layers[0].name) if len(group.layers) == 1 else None
+    if order is None or not isinstance(config.mask_pattern, NM):
+        return moments
+    damping = DEFAULT_DAMPING if config.damping == "auto" else config.damping
+    damping = raised_damping(damping, group, moments[0].tokens)
+    return reorder(order, config.mask_pattern, moments, config.share, damping)
 
 
 def _row_weights(walker: Walker, block: Block, group: Group, fit: InputMoments) -> dict[str, Tensor]:

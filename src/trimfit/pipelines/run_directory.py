@@ -145,29 +145,32 @@ class RunDirectory:
         self._journal.append({"allocation": allocation.model_dump()})
         self.allocation = allocation
 
-    def restore(self, layers: Sequence[Layer]) -> list[LayerRecord] | None:
-        """Writes the weights of layers that were finished before, and gives their records; None if they were not."""
+    def restore(self, layers: Sequence[Layer], block: Sequence[Layer]) -> list[LayerRecord] | None:
+        """Writes the weights of layers that were finished before, and gives their records; None if they were not.
+
+        `block` are all layers of their block: those that were reordered with them are restored too.
+        """
         part = self._parts.get(tuple(layer.name for layer in layers))
         if part is None:
             return None
-        weights = load_file(part.file)
-        for layer in layers:
-            layer.write(weights[layer.name])
+        _restore(part, block)
         return part.records
 
-    def restore_all(self, layers: Sequence[Layer]) -> None:
-        """Writes the weights of layers that are finished, in whatever parts they are."""
-        by_name = {layer.name: layer for layer in layers}
-        for names, part in self._parts.items():
-            if by_name.keys() & set(names):
-                for name, weight in load_file(part.file).items():
-                    by_name[name].write(weight)
+    def restore_all(self, block: Sequence[Layer]) -> set[str]:
+        """Writes the weights of a block that is finished, all its layers; returns the names of what was written."""
+        names = {layer.name for layer in block}
+        # A part may hold layers of earlier parts again, reordered: the last one counts.
+        return {name for key, part in self._parts.items() if names.intersection(key) for name in _restore(part, block)}
 
-    def keep(self, layers: Sequence[Layer], records: Sequence[LayerRecord], seconds: float) -> None:
+    def keep(
+        self, layers: Sequence[Layer], reordered: Sequence[Layer], records: Sequence[LayerRecord], seconds: float
+    ) -> None:
         """Writes the weights of finished layers, waits until they are on the disk, and only then says so."""
+        tensors = {f"{layer.name}.weight": layer.weight for layer in (*layers, *reordered)}
+        tensors |= {f"{layer.name}.bias": layer.bias for layer in reordered if layer.bias is not None}
         written = self._write(
             f"part-{len(self._parts):05d}.safetensors",
-            {layer.name: layer.weight.cpu().contiguous() for layer in layers},
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
         )
         self._journal.append({"part": [r.model_dump() for r in records], "seconds": seconds, **written})
         self._parts[tuple(layer.name for layer in layers)] = _Part(self.path / written["file"], list(records))
@@ -200,6 +203,17 @@ class RunDirectory:
                 raise RunError(f"the disk of {self.path} is full; free space there") from error
             raise
         return written
+
+
+def _restore(part: _Part, block: Sequence[Layer]) -> list[str]:
+    """Writes the weights and biases of a part into the layers of a block, and gives their names."""
+    tensors = load_file(part.file)
+    for layer in block:
+        if (weight := tensors.get(f"{layer.name}.weight")) is not None:
+            layer.write(weight)
+        if layer.bias is not None and (bias := tensors.get(f"{layer.name}.bias")) is not None:
+            layer.bias.copy_(bias)
+    return list(tensors)
 
 
 def _is_run(path: Path) -> bool:

@@ -5,8 +5,8 @@
 
 - `best`: joint masks with an allocation by measured cost, refit, target "dense": the defaults of `trimfit prune`.
 - `best, self`: the same on windows that the model itself wrote.
-- `layer target`, `all of the way`, `uniform`, `equal rows`: the best with one part changed: the target,
-  `dense_share=1`, the allocation, the weights of rows of Q and K. Run when named in --methods.
+- `layer target`, `all of the way`, `uniform`, `equal rows`, `given order`: the best with one part changed: the target,
+  `dense_share=1`, the allocation, the weights of rows of Q and K, no reordered inputs. Run when named in --methods.
 - `OPTIMA`: Wanda's mask per row, optimal refit, target "layer".
 - `SparseGPT`: its own mask and update, per layer.
 - `ALPS`: ADMM with its own schedule, per layer, and 10 steps of conjugate gradients (benchmarks/alps.py).
@@ -36,6 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "all of the way": {"dense_share": 1.0},
     "uniform": {"allocation": "uniform"},
     "equal rows": {"row_weights": "equal"},
+    "given order": {"reorder": False},
     "OPTIMA": {"selector": "wanda", **PLAIN},
     "SparseGPT": {"selector": "sparsegpt", "refit": "own", **PLAIN},
     "ALPS": {"selector": "alps", "refit": "own", **PLAIN},

@@ -219,7 +219,8 @@ def _reordered(
         return moments
     damping = DEFAULT_DAMPING if config.damping == "auto" else config.damping
     damping = raised_damping(damping, group, moments[0].tokens)
-    return reorder(order, config.mask_pattern, moments, config.share, damping)
+    with stage("order"):
+        return reorder(order, config.mask_pattern, moments, config.share, damping)
 
 
 def _row_weights(walker: Walker, block: Block, group: Group, fit: InputMoments) -> dict[str, Tensor]:

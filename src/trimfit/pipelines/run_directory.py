@@ -156,11 +156,12 @@ class RunDirectory:
         _restore(part, block)
         return part.records
 
-    def restore_all(self, block: Sequence[Layer]) -> set[str]:
-        """Writes the weights of a block that is finished, all its layers; returns the names of what was written."""
+    def restore_all(self, block: Sequence[Layer]) -> None:
+        """Writes the weights of a block that is finished, all its layers."""
         names = {layer.name for layer in block}
-        # A part may hold layers of earlier parts again, reordered: the last one counts.
-        return {name for key, part in self._parts.items() if names.intersection(key) for name in _restore(part, block)}
+        for key, part in self._parts.items():  # a later one may hold layers of an earlier one again, reordered
+            if names.intersection(key):
+                _restore(part, block)
 
     def keep(
         self, layers: Sequence[Layer], reordered: Sequence[Layer], records: Sequence[LayerRecord], seconds: float
@@ -205,15 +206,14 @@ class RunDirectory:
         return written
 
 
-def _restore(part: _Part, block: Sequence[Layer]) -> list[str]:
-    """Writes the weights and biases of a part into the layers of a block, and gives their names."""
+def _restore(part: _Part, block: Sequence[Layer]) -> None:
+    """Writes the weights and biases of a part into the layers of a block."""
     tensors = load_file(part.file)
     for layer in block:
         if (weight := tensors.get(f"{layer.name}.weight")) is not None:
             layer.write(weight)
         if layer.bias is not None and (bias := tensors.get(f"{layer.name}.bias")) is not None:
             layer.bias.copy_(bias)
-    return list(tensors)
 
 
 def _is_run(path: Path) -> bool:

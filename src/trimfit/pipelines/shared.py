@@ -67,14 +67,18 @@ class SharedLedger:
         """The first process keeps it."""
         self._ranks.first(lambda: self._first.keep_allocation(allocation))
 
-    def restore(self, layers: Sequence[Layer]) -> list[LayerRecord] | None:
+    def restore(self, layers: Sequence[Layer], block: Sequence[Layer]) -> list[LayerRecord] | None:
         """What the first process restores, all have."""
-        records = self._ranks.first(lambda: self._first.restore(layers))
+        records = self._ranks.first(lambda: self._first.restore(layers, block))
         if records is not None:
-            for layer in layers:
+            for layer in block:
                 layer.write(self._ranks.same(layer.weight.clone()))
+                if layer.bias is not None:
+                    layer.bias.copy_(self._ranks.same(layer.bias.clone()))
         return records
 
-    def keep(self, layers: Sequence[Layer], records: Sequence[LayerRecord], seconds: float) -> None:
+    def keep(
+        self, layers: Sequence[Layer], reordered: Sequence[Layer], records: Sequence[LayerRecord], seconds: float
+    ) -> None:
         """The first process keeps them."""
-        self._ranks.first(lambda: self._first.keep(layers, records, seconds))
+        self._ranks.first(lambda: self._first.keep(layers, reordered, records, seconds))

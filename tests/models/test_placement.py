@@ -70,6 +70,7 @@ def test_a_frozen_walk_passes_each_block_once_and_sees_the_same(name: str, monke
     for name in WINDOWS:
         for a, b in zip(frozen.logits(name, name), plain.logits(name, name), strict=True):
             torch.testing.assert_close(a, b)
+            assert torch.is_grad_enabled()  # for whoever asks
 
 
 @pytest.mark.parametrize("dense", [False, True])

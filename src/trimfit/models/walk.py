@@ -111,9 +111,10 @@ class Walker:
         `windows` is the set that it came from.
         """
         chain = Chain(self.model, self.blocks, self.placement.loaded)
-        with torch.no_grad(), evaluation_mode(self.model):
-            for tokens, hidden in zip(self._batches(windows), self._hidden[name], strict=True):
-                yield chain.predict(tokens, self._on_device(hidden.get()), self._calls[len(tokens)])
+        for tokens, hidden in zip(self._batches(windows), self._hidden[name], strict=True):
+            with torch.no_grad(), evaluation_mode(self.model):  # not while somebody else goes on
+                logits = chain.predict(tokens, self._on_device(hidden.get()), self._calls[len(tokens)])
+            yield logits
 
     def groups(self, block: Block) -> list[Group]:
         """The block's layers by shared input, in the order in which a forward pass reaches them."""

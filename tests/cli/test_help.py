@@ -74,6 +74,7 @@ HELP = {
         "--text-split",
         "--tasks",
         "--limit",
+        "--reorder",
         "--guard",
         "--json",
         "goes on where it was interrupted",

@@ -6,7 +6,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from families import EVERYTHING, FAMILIES, LENGTH, matrix, windows
+from families import EVERYTHING, EXPERT_FAMILIES, FAMILIES, LENGTH, matrix, windows
 from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -27,12 +27,13 @@ def fixed(scores: Tensor, pattern: NM) -> Tensor:
 
 @pytest.mark.parametrize("capture", ["group", "block"])
 @pytest.mark.parametrize("target", ["layer", "dense"])
-@pytest.mark.parametrize("name", ["llama-biases", "phi3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama-biases", "phi3", "gpt2", "mixtral"])
 def test_as_if_the_model_had_come_in_that_order(name: str, target: str, capture: str, monkeypatch: pytest.MonkeyPatch):
     options: dict[str, Any] = {"pattern": "2:4", "selector": "wanda", "target": target, "capture": capture}
     options["solver"] = "cholesky"  # the end of conjugate gradients depends on the rounding of sums
     monkeypatch.setattr(module, "spread", fixed)
-    model, expected = EVERYTHING[name].build(), EVERYTHING[name].build()
+    family = (EVERYTHING | EXPERT_FAMILIES)[name]
+    model, expected = family.build(), family.build()
     report = prune(model, TOKENS, PruneConfig(reorder=True, **options))
     for block in find_blocks(expected):
         for order in find_free_orders(expected, block).values():

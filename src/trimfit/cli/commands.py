@@ -55,8 +55,7 @@ def prune(
     reorder: Annotated[
         bool | None,
         typer.Option(
-            help="For N:M: put hidden units and dimensions of V in an order that suits the pattern, which changes "
-            "nothing else. \\[default: yes for joint]"
+            help="Put hidden units and dimensions of V in an order that suits N:M. \\[default: reorder for joint]"
         ),
     ] = None,
     refit: Annotated[str, typer.Option(help="optimal, own (the selector's update) or none.")] = "optimal",

@@ -2,9 +2,9 @@
 
     python benchmarks/scale.py [--blocks 4 8 16 32 48] [--windows 64 128 256 512 1024]
 
-Models are written from a config (synthetic.py): hidden 256, 3.4 MiB a block in float32, in shards of 10 MB. Each cell is
-a process of its own; its memory is the largest resident size that the operating system saw. Blocks vary at 64 windows of
-64 tokens, windows at 4 blocks. Prints two Markdown tables, and the slopes by least squares.
+Models are written from a config (synthetic.py): hidden 256, 3 MiB a block in float32, in shards of 10 MB. Each cell
+is a process of its own; its memory is the largest resident size that the operating system saw. Blocks vary at 64
+windows of 32 tokens, windows at 4 blocks. Prints two Markdown tables, and the slopes by least squares.
 
 Nothing heavy is imported here: a new process begins with the peak of the one that it was forked from.
 """
@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
+LENGTH = 32
 LIMIT = "4MiB"
 MODES = {
     "in memory": (),
@@ -32,7 +33,7 @@ MACHINE = "from common import machine; print(machine())"
 def peak(model: Path, options: tuple[str, ...]) -> float:
     """MiB of one process that prunes."""
     out = model.parent / "out"
-    windows = ["--calibration", str(model / "tokens.npy")]
+    windows = ["--calibration", str(model / "tokens.npy"), "--sequence-length", str(LENGTH)]
     command = [sys.executable, "-c", PRUNE, "prune", str(model), "-o", str(out), "--json", *windows, *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -50,7 +51,15 @@ def series(name: str, counts: list[int], extra: list[str]) -> None:
     for count in counts:
         with tempfile.TemporaryDirectory() as folder:
             model = Path(folder) / "model"
-            write = [sys.executable, str(HERE / "synthetic.py"), str(model), f"--{name}", str(count)]
+            write = [
+                sys.executable,
+                str(HERE / "synthetic.py"),
+                str(model),
+                f"--{name}",
+                str(count),
+                "--length",
+                str(LENGTH),
+            ]
             subprocess.run(write, check=True)
             for mode, options in MODES.items():
                 samples = ["--samples", str(count if name == "windows" else 64)]
@@ -64,10 +73,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, nargs="+", default=[4, 8, 16, 32, 48])
     parser.add_argument("--windows", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
+    parser.add_argument("--only", choices=("blocks", "windows"))
     arguments, extra = parser.parse_known_args()
-    print(subprocess.run([sys.executable, "-c", MACHINE], cwd=HERE, check=True, capture_output=True, text=True).stdout)
-    series("blocks", arguments.blocks, extra)
-    series("windows", arguments.windows, extra)
+    line = subprocess.run([sys.executable, "-c", MACHINE], cwd=HERE, check=True, capture_output=True, text=True).stdout
+    print(line.strip())
+    for name in ("blocks", "windows"):
+        if arguments.only in (None, name):
+            series(name, getattr(arguments, name), extra)
 
 
 if __name__ == "__main__":

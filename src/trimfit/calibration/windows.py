@@ -157,9 +157,13 @@ def split_held_out(windows: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """
     if not 0 <= share < 1:
         raise InputError(f"the held-out share must be at least 0 and less than 1, but it is {share}")
-    count = len(windows)
-    held_out = min(max(round(share * count), 1), count - 1) if share > 0 and count > 1 else 0
-    return windows[: count - held_out], windows[count - held_out :]
+    fit = len(windows) - held_out_count(len(windows), share)
+    return windows[:fit], windows[fit:]
+
+
+def held_out_count(count: int, share: float) -> int:
+    """How many of `count` windows `split_held_out` keeps aside."""
+    return min(max(round(share * count), 1), count - 1) if share > 0 and count > 1 else 0
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str], *, special: bool) -> list[list[int]]:

@@ -9,6 +9,7 @@ from trimfit.checkpoints.atomic import write_durably as write_durably
 from trimfit.checkpoints.load import Checkpoint as Checkpoint
 from trimfit.checkpoints.load import fingerprint as fingerprint
 from trimfit.checkpoints.load import load_checkpoint as load_checkpoint
+from trimfit.checkpoints.load import read_config as read_config
 from trimfit.checkpoints.load import resolve_device as resolve_device
 from trimfit.checkpoints.save import save_checkpoint as save_checkpoint
 from trimfit.checkpoints.save import write_sidecar as write_sidecar

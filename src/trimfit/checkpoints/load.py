@@ -72,6 +72,20 @@ def load(directory: str | Path, *, merged: bool = False) -> PreTrainedModel:
     return _load_model(source, config, merged=merged)
 
 
+def read_config(source: str) -> tuple[PreTrainedConfig, torch.dtype]:
+    """The config of a checkpoint and the dtype of its weights, from their headers; no weight is read.
+
+    Weights that are not there have the dtype that the config tells. `source` and errors are those of `load_checkpoint`.
+    """
+    directory = Path(source).expanduser()
+    source, config = _open(source, quantized=False, whole=bool(shard_files(directory)))
+    dtype = _stored_dtype(source)
+    if isinstance(dtype, str):
+        told = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
+        dtype = told if isinstance(told, torch.dtype) else torch.float32
+    return config, dtype
+
+
 def resolve_device(name: str) -> torch.device:
     """The device for "auto", "cpu", "cuda", "cuda:1", "mps"; raises `InputError` for one that is not there."""
     if name == "auto":
@@ -91,8 +105,11 @@ def fingerprint(model: PreTrainedModel) -> str:
     return fingerprint_of(sorted(model.state_dict().items()))
 
 
-def _open(source: str, *, quantized: bool) -> tuple[str, PreTrainedConfig]:
-    """The source as transformers takes it, with its config, when all that is there without loading is in order."""
+def _open(source: str, *, quantized: bool, whole: bool = True) -> tuple[str, PreTrainedConfig]:
+    """The source as transformers takes it, with its config, when all that is there without loading is in order.
+
+    `whole`: its weights must be there.
+    """
     directory = Path(source).expanduser()
     if directory.is_dir():
         source = str(directory)
@@ -105,7 +122,7 @@ def _open(source: str, *, quantized: bool) -> tuple[str, PreTrainedConfig]:
     config = _load_config(source)
     _check_architecture(source, config)
     _check_quantization(source, config, accepted=quantized)
-    if directory.is_dir():
+    if directory.is_dir() and whole:
         _check_files(directory, ONLINE if is_online(config) else "model")
     return source, config
 

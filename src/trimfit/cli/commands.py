@@ -1,13 +1,17 @@
 """The commands. Heavy imports wait until a command runs, so that help and errors are quick."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from trimfit.cli import options
 from trimfit.errors import InputError
+
+if TYPE_CHECKING:
+    from trimfit.calibration import CalibrationConfig
+    from trimfit.pipelines import PruneConfig
 
 
 def demo(
@@ -90,36 +94,13 @@ def prune(
     json: options.Json = False,
 ) -> None:
     """Prune MODEL and refit what is left to the certified optimum."""
-    from trimfit.calibration import CalibrationConfig
+    given = dict(locals())
     from trimfit.checkpoints import resolve_device
     from trimfit.cli import show
-    from trimfit.pipelines import PruneConfig, prune_checkpoint
+    from trimfit.pipelines import prune_checkpoint
     from trimfit.ranks import joined, local_device
 
-    asked: dict[str, Any] = {
-        "sparsity": sparsity,
-        "pattern": pattern,
-        "selector": selector,
-        "scope": scope,
-        "allocation": allocation,
-        "row_weights": row_weights,
-        "reorder": reorder,
-        "refit": refit,
-        "target": target,
-        "dense_share": dense_share,
-        "solver": solver,
-        "tolerance": tolerance,
-        "damping": damping,
-        "capture": capture,
-        "ignore": tuple(ignore or ()),
-        "held_out": held_out,
-        "guard": guard,
-        "batch_size": batch_size,
-    }
-    config = PruneConfig.model_validate(asked)
-    windows = CalibrationConfig(
-        source=calibration, field=field, split=split, samples=samples, sequence_length=sequence_length, seed=seed
-    )
+    config, windows = prune_configs(given)
     output = output.expanduser()
     show.quiet_libraries()
     here = local_device(resolve_device(device))
@@ -132,12 +113,22 @@ def prune(
             device=here,
             overwrite=overwrite,
             offload=offload,
-            memory_limit=_bytes(memory_limit),
+            memory_limit=size(memory_limit),
             ranks=ranks,
             observer=observer,
         )
     if ranks.is_first:
         show.prune(report, calibration, output, as_json=json)
+
+
+def prune_configs(given: dict[str, Any]) -> tuple["PruneConfig", "CalibrationConfig"]:
+    """From the options of `prune`, by their names."""
+    from trimfit.calibration import CalibrationConfig
+    from trimfit.pipelines import PruneConfig
+
+    asked = {name: given[name] for name in PruneConfig.model_fields} | {"ignore": tuple(given["ignore"] or ())}
+    drawn = {name: given[name] for name in CalibrationConfig.model_fields if name != "source"}
+    return PruneConfig.model_validate(asked), CalibrationConfig(source=given["calibration"], **drawn)
 
 
 def resume(
@@ -290,10 +281,11 @@ def evaluate(
     show.evaluation(evaluation, text, as_json=json)
 
 
-def _bytes(size: str | None) -> int | None:
-    if size is None:
+def size(text: str | None) -> int | None:
+    """Bytes in a size such as 8GiB."""
+    if text is None:
         return None
     try:
-        return int(TypeAdapter(ByteSize).validate_python(size))
+        return int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError:
-        raise InputError(f"--memory-limit takes a size such as 8GiB or 500MB, but it is {size!r}") from None
+        raise InputError(f"--memory-limit takes a size such as 8GiB or 500MB, but it is {text!r}") from None

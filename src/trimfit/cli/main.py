@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
 
-from trimfit.cli import commands, compare
+from trimfit.cli import commands, compare, plan
 from trimfit.errors import ToldElsewhere, TrimfitError
 
 _INTERRUPTED = 130
@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 app.command("demo")(commands.demo)
 app.command("prune")(commands.prune)
+app.command("plan")(plan.plan)
 app.command("quantize")(commands.quantize)
 app.command("eval")(commands.evaluate)
 app.command("resume")(commands.resume)

@@ -92,7 +92,7 @@ def prune(report: PruneReport, calibration: str, out: Path, *, as_json: bool) ->
     if as_json:
         _print_json({"output": str(out), **report.model_dump()})
         return
-    table = _table("", "masked", "final", "as stored")
+    table = empty_table("", "masked", "final", "as stored")
     for label, which in (("calibration", "calibration"), ("held-out", "held_out")):
         values = [getattr(report.mean_error(stage), which) for stage in ("masked", "final", "stored")]
         table.add_row(f"mean layer error, {label}", *(_number(v, ".4f") for v in values))
@@ -199,7 +199,7 @@ def evaluation(result: Evaluation, text: str | None, *, as_json: bool) -> None:
     if result.score:
         score(result.score, str(text), as_json=False)
     if result.tasks:
-        table = _table("task", "metric", "value", "± error", "examples")
+        table = empty_table("task", "metric", "value", "± error", "examples")
         for task in result.tasks:
             error = _number(task.standard_error, ".4f")
             table.add_row(Text(task.name), task.metric, f"{task.value:.4f}", error, f"{task.examples:,}")
@@ -213,7 +213,7 @@ def demo(rows: Sequence[DemoRow], out: Path, *, as_json: bool) -> None:
         return
     console = Console()
     dense = rows[0]
-    table = _table("model", "pattern", "weights", "perplexity", "error", "certificate", "steps", "seconds")
+    table = empty_table("model", "pattern", "weights", "perplexity", "error", "certificate", "steps", "seconds")
     table.add_row("dense", "", "", f"{dense.score.perplexity:.3f}", "", "", "", "")
     previous = None
     for row in rows[1:]:
@@ -262,11 +262,12 @@ def _demo_json(row: DemoRow) -> dict[str, Any]:
     }
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)  # eight columns fit in 80 characters
+def empty_table(*columns: str) -> Table:
+    """An empty table; the first column is text, the others numbers."""
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)  # eight columns fit in 80 characters
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-    return table
+        made.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    return made
 
 
 def _number(value: float | None, form: str) -> str:

@@ -64,11 +64,7 @@ class Offloaded:
     @classmethod
     def open(cls, source: str, device: torch.device, calibration: CalibrationConfig) -> Self:
         """Raises `InputError` for a checkpoint that has to be loaded as a whole."""
-        if calibration.source == SELF:
-            raise InputError(
-                "a model that is offloaded cannot write its own windows, as each token would read all of its weights: "
-                "give --calibration a text, or leave out --offload"
-            )
+        check_text(calibration)
         stream = find_stream(source, device)
         if isinstance(stream, str):
             raise InputError(f"{source} cannot be offloaded, as {stream}: leave out --offload")
@@ -118,6 +114,15 @@ class Offloaded:
                 run.restore_all(block.layers)
                 for name in dict.fromkeys(name for layer in block.layers for name in layer.parameters):
                     yield name, self.checkpoint.model.get_parameter(name).detach()
+
+
+def check_text(calibration: CalibrationConfig) -> None:
+    """Raises `InputError` for calibration that a model cannot give while it is offloaded."""
+    if calibration.source == SELF:
+        raise InputError(
+            "a model that is offloaded cannot write its own windows, as each token would read all of its weights: "
+            "give --calibration a text, or leave out --offload"
+        )
 
 
 def check_space(out: Path, model: PreTrainedModel, blocks: Sequence[Block]) -> None:

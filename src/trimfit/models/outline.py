@@ -1,0 +1,150 @@
+"""What a model will be asked to compute, learned from its config alone: no weight is loaded, nothing is computed."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+
+from trimfit.models.hooks import before
+from trimfit.models.structure import Block, Layer, find_blocks, select_layers
+
+
+@dataclass(frozen=True)
+class GroupOutline:
+    """Layers that share an input.
+
+    - `rows`: outputs of each layer; `inputs`: of all of them.
+    - `flops_before`: of a forward pass of the block over one window, until the group's input is there.
+    - `adds`: whether its one layer is as wide as the residual stream, to which it then adds its output.
+    """
+
+    rows: tuple[int, ...]
+    inputs: int
+    flops_before: int
+    adds: bool
+
+
+@dataclass(frozen=True)
+class BlockOutline:
+    """One decoder block.
+
+    - `flops`: of a forward pass over one window.
+    - `bytes`: of all its weights; `largest`: of the widest activation of one token, in numbers.
+    """
+
+    groups: tuple[GroupOutline, ...]
+    flops: int
+    bytes: int
+    largest: int
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model.
+
+    - `dtype`: of its weights; `bytes`: of all of them.
+    - `hidden`: width of the residual stream; `vocabulary`: rows of the embedding.
+    - `length`: tokens of the window that flops are counted for.
+    """
+
+    blocks: tuple[BlockOutline, ...]
+    dtype: torch.dtype
+    bytes: int
+    hidden: int
+    vocabulary: int
+    length: int
+
+    @property
+    def weights(self) -> int:
+        """Numbers in the layers of the blocks."""
+        return sum(rows * group.inputs for block in self.blocks for group in block.groups for rows in group.rows)
+
+
+def outline(config: PreTrainedConfig, dtype: torch.dtype, length: int, ignore: Iterable[str] = ()) -> Outline:
+    """Builds the model without memory for its weights and takes one window of `length` tokens through it.
+
+    Layers that `ignore` matches are in no group. Errors are those of `find_blocks` and `select_layers`.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        every = find_blocks(model)
+        chosen = select_layers(model, every, ignore)
+        size = {block.name: sum(p.nbytes for p in block.module.parameters()) for block in every}
+        embedding = model.get_input_embeddings().get_parameter("weight")
+        traced = _trace(model.eval(), every, length)
+        hidden = embedding.shape[1]
+        return Outline(
+            tuple(_block(block, traced, size[block.name], hidden, length) for block in chosen),
+            dtype,
+            sum(p.nbytes for p in model.parameters()),
+            hidden,
+            embedding.shape[0],
+            length,
+        )
+
+
+@dataclass
+class _Trace:
+    """By module name: the input of each layer, in the order of their calls, and flops counted until then."""
+
+    inputs: dict[str, Tensor]
+    before: dict[str, int]
+    end: dict[str, int]
+
+
+def _trace(model: PreTrainedModel, blocks: Sequence[Block], length: int) -> _Trace | None:
+    """None for a model that looks at values, which are not there."""
+    trace = _Trace({}, {}, {})
+    counter = FlopCounterMode(display=False)
+
+    def receive(layer: Layer) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            trace.inputs.setdefault(layer.name, arguments[0])
+            trace.before.setdefault(layer.name, counter.get_total_flops())
+
+        return hook
+
+    def enter(block: Block) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: Any) -> None:
+            trace.before.setdefault(block.name, counter.get_total_flops())
+
+        return hook
+
+    modules = [(layer.module, receive(layer)) for block in blocks for layer in block.layers]
+    modules += [(block.module, enter(block)) for block in blocks]
+    try:
+        with before(modules), counter:
+            model(input_ids=torch.zeros(1, length, dtype=torch.int64), use_cache=False)
+    except DataDependentOutputException:
+        return None
+    starts = [trace.before[block.name] for block in blocks[1:]]
+    head = 2 * length * model.get_input_embeddings().get_parameter("weight").numel()
+    ends = [*starts, counter.get_total_flops() - head]
+    trace.end = {block.name: end for block, end in zip(blocks, ends, strict=True)}
+    return trace
+
+
+def _block(block: Block, trace: _Trace | None, size: int, hidden: int, length: int) -> BlockOutline:
+    largest = max((max(layer.weight.shape) for layer in block.layers), default=hidden)
+    if trace is None:  # as if every layer had an input of its own: that costs more than it will
+        flops = 2 * length * sum(layer.weight.numel() for layer in block.layers)
+        groups = [_group([layer], flops, hidden) for layer in block.layers]
+        return BlockOutline(tuple(groups), flops, size, largest)
+    shared: dict[int, list[Layer]] = {}
+    for layer in sorted(block.layers, key=lambda layer: trace.before[layer.name]):
+        shared.setdefault(id(trace.inputs[layer.name]), []).append(layer)
+    start = trace.before[block.name]
+    groups = [_group(layers, trace.before[layers[0].name] - start, hidden) for layers in shared.values()]
+    return BlockOutline(tuple(groups), trace.end[block.name] - start, size, largest)
+
+
+def _group(layers: Sequence[Layer], flops_before: int, hidden: int) -> GroupOutline:
+    shapes = [layer.weight.shape for layer in layers]
+    adds = len(layers) == 1 and shapes[0][0] == hidden
+    return GroupOutline(tuple(rows for rows, _ in shapes), shapes[0][1], flops_before, adds)

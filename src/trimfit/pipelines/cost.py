@@ -1,0 +1,212 @@
+"""What a prune costs, by arithmetic: operations by stage, and bytes of memory (docs/scale.md derives them).
+
+Counts are those of docs/method.md, section 11. What depends on the weights is set to what was usual when it was
+measured: the steps of the solver and of ADMM.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from trimfit.models.outline import BlockOutline, GroupOutline, Outline
+from trimfit.pipelines.config import PruneConfig
+from trimfit.pipelines.sensitivity import TOKENS
+
+SOLVER_STEPS = 25  # of conjugate gradients to a gap of 1e-4; 15 to 40 were usual
+ADMM_STEPS = 60
+_STEPS_PER_INVERSE = 5
+_FIT_STEPS = 10
+_SORT_BYTES = 400  # for each entry, as if it were traffic
+_TOP_K_BYTES = 60
+_CHUNK_BYTES = 10 * 2**28  # of the refit: some ten tensors of 2²⁵ float64
+_CHUNK_ELEMENTS = 2**25
+
+# By stage: flops as "model" (in its dtype), "float32" and "float64", traffic as "memory", files as "disk" (bytes).
+Costs = dict[str, Counter[str]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done: a config, over (`fit` + `held_out`) windows; `offload` as for `prune_checkpoint`."""
+
+    config: PruneConfig
+    fit: int
+    held_out: int
+    offload: bool = False
+
+    @property
+    def windows(self) -> int:
+        """All of them."""
+        return self.fit + self.held_out
+
+    @property
+    def streams(self) -> int:
+        """Of hidden states: the model in work and, for the target dense, the dense model."""
+        return 2 if self.config.target == "dense" else 1
+
+
+def costs(model: Outline, job: Job) -> Costs:
+    """Operations of each stage of a whole run."""
+    total: Costs = {stage: Counter() for stage in ("allocation", "forward", "gram", "factorisation", "mask", "refit")}
+    total |= {"errors": Counter(), "files": Counter(disk=_file_bytes(model, job))}
+    for number, block in enumerate(model.blocks):
+        total["forward"]["model"] += job.windows * job.streams * _passes(block, job.config)
+        if number == len(model.blocks) - 1:
+            total["forward"]["model"] -= job.windows * job.streams * block.flops  # nothing comes behind it
+        for group in block.groups:
+            for stage, cost in _group(group, model, job).items():
+                total[stage].update(cost)
+    if job.config.split != "uniform":
+        total["allocation"].update(_allocation(model, job))
+    return total
+
+
+def _passes(block: BlockOutline, config: PruneConfig) -> int:
+    """Flops over one window: until each group's input is there, and through the whole block."""
+    ends = [group.flops_before for group in block.groups]
+    if config.target == "dense" and block.groups and block.groups[-1].adds:
+        ends[-1] = block.flops  # what is added to the residual stream last is seen at the end only
+    return block.flops + (max(ends, default=0) if config.capture == "block" else sum(ends))
+
+
+def _group(group: GroupOutline, model: Outline, job: Job) -> dict[str, dict[str, int]]:
+    n, weights = group.inputs, sum(group.rows) * group.inputs
+    product = 2 * weights * n  # of the layers with an n × n matrix
+    dense = job.config.target == "dense"
+    beside = (n + (model.hidden if group.adds else 0)) if dense else 0  # columns that drift
+    tokens = job.windows * model.length
+    refitted = job.config.refit == "optimal"
+    return {
+        "gram": {"float32": 2 * tokens * n * (n + beside)},
+        "factorisation": {"float64": n**3 // 3, "memory": 10 * 8 * n * n},
+        "mask": _mask(n, weights, job.config, dense),
+        "refit": {
+            "float64": 2 * n**3 // 3 + (5 if refitted else 0) * product + (product if dense else 0),
+            "float32": 2 * SOLVER_STEPS * product,
+            "memory": SOLVER_STEPS * 20 * 4 * weights,
+        }
+        if refitted
+        else {},
+        "errors": {"float32": (8 if job.held_out else 4) * product},
+    }
+
+
+def _mask(n: int, weights: int, config: PruneConfig, dense: bool) -> dict[str, int]:
+    product = 2 * weights * n
+    goal = product if dense else 0  # the weights that a selector is given then
+    match config.selector:
+        case "joint":
+            inverses = ADMM_STEPS // _STEPS_PER_INVERSE * n**3
+            return {
+                "float32": ADMM_STEPS * product + inverses + 2 * _FIT_STEPS * product,
+                "float64": 4 * product + 2 * n**3 // 3 + goal,
+                "memory": ADMM_STEPS * (_TOP_K_BYTES + 15 * 4) * weights,
+            }
+        case "sparsegpt" | "thanos":
+            own = {"float32": product // 2, "float64": 4 * n**3 // 3 + goal}
+            return {**own, "memory": (_SORT_BYTES + 64 * 8) * weights}
+        case _:
+            return {"float64": goal, "memory": _SORT_BYTES * weights}
+
+
+def _allocation(model: Outline, job: Job) -> Counter[str]:
+    """One pass over the dense model; for "error" also one of a few windows from each layer on."""
+    total: Counter[str] = Counter()
+    few = max(1, TOKENS // model.length)
+    widest = max((group.inputs for block in model.blocks for group in block.groups), default=0)
+    windows = min(job.fit, -(-8 * widest // model.length)) if job.config.split == "error" else job.fit
+    behind = 0
+    for block in reversed(model.blocks):
+        behind += block.flops
+        layers = sum(len(group.rows) for group in block.groups)
+        total["model"] += (windows + few) * block.flops
+        if job.config.split == "error":
+            total["model"] += few * layers * (behind + 2 * model.length * model.hidden * model.vocabulary)
+            total["memory"] += few * layers * model.length * model.vocabulary * 4 * 6
+        for group in block.groups:
+            n, weights = group.inputs, sum(group.rows) * group.inputs
+            total["float32"] += 2 * windows * model.length * n * n
+            total["float64"] += n**3 + 2 * weights * n
+            total["memory"] += _SORT_BYTES * weights
+    return total
+
+
+def _file_bytes(model: Outline, job: Job) -> int:
+    """Read, hashed or written: the model when it is opened and saved, its layers in the run directory."""
+    in_blocks = sum(block.bytes for block in model.blocks)
+    layers = model.weights * model.dtype.itemsize
+    if not job.offload:
+        return 4 * model.bytes + 2 * layers  # loaded, fingerprinted, written, verified
+    walks = 2 if job.config.split != "uniform" else 1
+    # Checked and fingerprinted, copied, causality; each walk looks at two windows first; layers patched and verified.
+    return 4 * model.bytes + (1 + 4 * walks) * in_blocks + in_blocks + 4 * layers
+
+
+def seconds(work: Costs, rates: dict[str, float]) -> dict[str, float]:
+    """Of each stage, when every operation takes the time that its rate says and nothing overlaps."""
+    return {stage: sum(amount / rates[kind] for kind, amount in parts.items()) for stage, parts in work.items()}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that are held at one time.
+
+    - `weights`: of the model, or of what is loaded of it.
+    - `states`: hidden states between blocks. `copy`: the dense copy of a block.
+    - `work`: the largest of what one forward pass and one group of layers take.
+    """
+
+    weights: float
+    states: float
+    copy: float
+    work: float
+
+
+def memory(model: Outline, job: Job) -> Memory:
+    """While blocks are pruned."""
+    block = max(model.blocks, key=lambda block: block.bytes).bytes
+    inside = sum(block.bytes for block in model.blocks)
+    streams = job.streams
+    per_window = model.length * model.hidden * model.dtype.itemsize
+    states = job.windows * per_window * streams
+    if job.config.split != "uniform":
+        layers = sum(len(group.rows) for block in model.blocks for group in block.groups)
+        probes = layers * per_window * max(1, TOKENS // model.length) if job.config.split == "error" else 0
+        states = max(states, (2 * job.fit * per_window) + probes)
+    work = max(
+        (max(_work(group, model, job), _pass_bytes(group, block, model, job)) for block, group in _groups(model)),
+        default=0.0,
+    )
+    weights = model.bytes - inside + block if job.offload else model.bytes
+    return Memory(weights, states, block if job.config.target == "dense" else 0.0, work)
+
+
+def _groups(model: Outline) -> list[tuple[BlockOutline, GroupOutline]]:
+    return [(block, group) for block in model.blocks for group in block.groups]
+
+
+def _moments(group: GroupOutline, model: Outline, job: Job) -> float:
+    """Gram matrices of both sets of windows, and the drift."""
+    beside = group.inputs + (model.hidden if group.adds else 0) if job.config.target == "dense" else 0
+    return (2 if job.held_out else 1) * 4 * group.inputs * (group.inputs + beside)
+
+
+def _pass_bytes(group: GroupOutline, block: BlockOutline, model: Outline, job: Job) -> float:
+    """A batch on its way through the block, its inputs in float32, and the moments that are summed."""
+    tokens = min(job.config.batch_size, job.windows) * model.length
+    activations = tokens * model.dtype.itemsize * (4 * block.largest + 4 * model.hidden)
+    caught = job.streams * tokens * group.inputs * (model.dtype.itemsize + 4) + 4 * tokens * group.inputs
+    return activations + caught + _moments(group, model, job)
+
+
+def _work(group: GroupOutline, model: Outline, job: Job) -> float:
+    """Mask and refit of the largest layer of a group."""
+    square, weights = float(group.inputs) ** 2, float(max(group.rows)) * group.inputs
+    factored = 8 * (4 * square) + 2 * 4 * square  # H, damped, factor, inverse; two in float32
+    layer = (6 * 4 + 8 + 1) * weights
+    chunk = min(_CHUNK_BYTES, 10 * 8 * weights)
+    selecting = 0.0
+    if job.config.selector == "joint":
+        selecting = 10 * 4 * weights + 3 * 8 * weights + 3 * 4 * square
+    elif job.config.selector in ("sparsegpt", "thanos"):
+        selecting = 5 * 8 * square + 3 * 4 * weights
+    return _moments(group, model, job) + factored + layer + max(chunk, selecting)

@@ -1,0 +1,96 @@
+"""How fast this device is, measured in a second or two."""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+_LONG_ENOUGH = 0.15  # seconds of one measurement
+_FILE_BYTES = 2**26
+_SIZE = {"cpu": 512}  # of square matrices: what takes milliseconds finds a moment without other jobs
+_SIZE_ELSEWHERE = 8192
+_COPIED = {"cpu": 2**24}  # numbers
+_COPIED_ELSEWHERE = 2**28
+
+
+class Throughput(BaseModel):
+    """Rates of a device.
+
+    - `model`, `float32`, `float64`: flops per second of a large matrix product, in the dtype of the model's weights and
+      in those of Gram matrices and certificates.
+    - `memory`: bytes per second, read and written, of a copy. `disk`: bytes per second of a file that is read and
+      hashed, as checkpoints are; a file that was just written, so it may come from the system's cache.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    model: float
+    float32: float
+    float64: float
+    memory: float
+    disk: float
+
+
+def measure_throughput(device: torch.device, dtype: torch.dtype, folder: Path | None = None) -> Throughput:
+    """Rates of `device` for a model of `dtype`, and of the disk of `folder`, by default that of temporary files."""
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    rates = {kind: gemm_rate(device, kind) for kind in {dtype, torch.float32, wide}}
+    return Throughput(
+        model=rates[dtype],
+        float32=rates[torch.float32],
+        float64=rates[wide],
+        memory=memory_rate(device),
+        disk=_disk_rate(folder),
+    )
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Flops per second of a product of two large square matrices."""
+    size = _SIZE.get(device.type, _SIZE_ELSEWHERE)
+    a = torch.randn(size, size, device=device).to(dtype)
+    out = torch.empty_like(a)
+    return 2 * size**3 / _seconds(lambda: torch.mm(a, a, out=out), device)
+
+
+def memory_rate(device: torch.device) -> float:
+    """Bytes per second, read and written, of a copy that no cache holds."""
+    a = torch.zeros(_COPIED.get(device.type, _COPIED_ELSEWHERE), device=device)
+    out = torch.empty_like(a)
+    return 2 * a.nbytes / _seconds(lambda: out.copy_(a), device)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Of one call: the quickest of several, since other jobs only ever make it slower."""
+    best, end = float("inf"), time.perf_counter() + _LONG_ENOUGH
+    work()  # warm-up
+    while True:
+        _wait(device)
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now > end:
+            return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _disk_rate(folder: Path | None) -> float:
+    import hashlib
+
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(os.urandom(2**20) * (_FILE_BYTES // 2**20))
+        file.seek(0)
+        start = time.perf_counter()
+        hashlib.file_digest(file, "sha256")
+        return _FILE_BYTES / (time.perf_counter() - start)

@@ -130,14 +130,15 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, help="of a known model; or give the sizes")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--intermediate", type=int, default=768)
-    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--blocks", type=int, help="4 by default; only so many of those of the known model")
     parser.add_argument("--vocabulary", type=int, default=2000)
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--shard-size", default="10MB")
     a = parser.parse_args()
     quiet()
-    config = SHAPES[a.shape] if a.shape else llama(a.hidden, a.intermediate, a.blocks, 4, 2, a.vocabulary)
+    config = SHAPES[a.shape] if a.shape else llama(a.hidden, a.intermediate, a.blocks or 4, 4, 2, a.vocabulary)
+    config.num_hidden_layers = a.blocks or config.num_hidden_layers
     save(build(config, torch.float32, torch.device("cpu")), a.directory, a.shard_size)
     np.save(a.directory / "tokens.npy", tokens(config, a.windows, a.length).numpy())
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 
-_LONG_ENOUGH = 0.15  # seconds of one measurement
+_LONG_ENOUGH = 0.3  # seconds of one measurement
 _FILE_BYTES = 2**26
 _SIZE = {"cpu": 512}  # of square matrices: what takes milliseconds finds a moment without other jobs
 _SIZE_ELSEWHERE = 8192

@@ -26,12 +26,16 @@ Costs = dict[str, Counter[str]]
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done: a config, over (`fit` + `held_out`) windows; `offload` as for `prune_checkpoint`."""
+    """What is to be done: a config, over (`fit` + `held_out`) windows; `offload` as for `prune_checkpoint`.
+
+    `solver_steps`: of an average refit.
+    """
 
     config: PruneConfig
     fit: int
     held_out: int
     offload: bool = False
+    solver_steps: int = SOLVER_STEPS
 
     @property
     def windows(self) -> int:
@@ -81,8 +85,8 @@ def _group(group: GroupOutline, model: Outline, job: Job) -> dict[str, dict[str,
         "mask": _mask(n, weights, job.config, dense),
         "refit": {
             "float64": 2 * n**3 // 3 + (5 if refitted else 0) * product + (product if dense else 0),
-            "float32": 2 * SOLVER_STEPS * product,
-            "memory": SOLVER_STEPS * 20 * 4 * weights,
+            "float32": 2 * job.solver_steps * product,
+            "memory": job.solver_steps * 20 * 4 * weights,
         }
         if refitted
         else {},

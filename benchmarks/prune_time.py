@@ -1,7 +1,7 @@
 """Whole-process wall time, CPU time and peak memory of `trimfit prune`: refitted against mask only, run in turn.
 
     python benchmarks/prune_time.py [--model demo] [--runs 5]
-    python benchmarks/prune_time.py --shape 100M --runs 1 --selectors wanda [--blocks 2]
+    python benchmarks/prune_time.py --shape 100M --runs 1 --cases wanda:0.5 [--blocks 2]
 
 The ratio is taken pair by pair, so it holds when the machine's speed drifts; that of CPU seconds holds when other jobs
 run. `--shape` is a model from a config with synthetic weights (synthetic.py), 64 windows of 512 tokens; with `--blocks`
@@ -23,7 +23,11 @@ from typing import Any
 
 from common import machine
 
-CASES = (("wanda", "--sparsity=0.5"), ("wanda", "--pattern=2:4"), ("sparsegpt", "--sparsity=0.5"))
+CASES = {
+    "wanda:0.5": ("wanda", "--sparsity=0.5"),
+    "wanda:2:4": ("wanda", "--pattern=2:4"),
+    "sparsegpt:0.5": ("sparsegpt", "--sparsity=0.5"),
+}
 WINDOWS, LENGTH = 64, 512
 
 
@@ -64,16 +68,14 @@ def write(shape: str, blocks: int | None, folder: Path) -> list[str]:
     return [*ids, "--samples", str(WINDOWS), "--sequence-length", str(LENGTH)]
 
 
-def compare(model: str, selectors: list[str], runs: int, extra: list[str]) -> None:
+def compare(model: str, cases: list[str], runs: int, extra: list[str]) -> None:
     """Prints the tables."""
     print(
         "\n| selector | pattern | mask only, s | refitted, s | ratio | CPU: mask only, s | refitted, s | ratio ", end=""
     )
     print("| mask only, MiB | refitted, MiB |\n|---|---|---|---|---|---|---|---|---|---|")
     stages: dict[str, dict[str, float]] = {}
-    for selector, pattern in CASES:
-        if selector not in selectors:
-            continue
+    for selector, pattern in (CASES[case] for case in cases):
         if runs > 1:
             measure(model, selector, pattern, "none", extra)  # warm-up
         pairs = [
@@ -105,7 +107,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--shape")
     parser.add_argument("--blocks", type=int)
-    parser.add_argument("--selectors", nargs="+", default=["wanda", "sparsegpt"])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--runs", type=int, default=5)
     arguments, extra = parser.parse_known_args()
     print(machine(), flush=True)
@@ -113,7 +115,7 @@ def main() -> None:
         if arguments.shape:
             arguments.model = str(Path(folder) / "model")
             extra = [*write(arguments.shape, arguments.blocks, Path(folder) / "model"), *extra]
-        compare(arguments.model, arguments.selectors, arguments.runs, extra)
+        compare(arguments.model, arguments.cases, arguments.runs, extra)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,8 @@ class _Trace:
 def _trace(model: PreTrainedModel, blocks: Sequence[Block], length: int) -> _Trace | None:
     """None for a model that looks at values, which are not there."""
     trace = _Trace({}, {}, {})
-    counter = FlopCounterMode(display=False)
+    attention: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which the counter does not know
+    counter = FlopCounterMode(display=False, custom_mapping={attention: _attention_flops})
 
     def receive(layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -128,6 +129,12 @@ def _trace(model: PreTrainedModel, blocks: Sequence[Block], length: int) -> _Tra
     ends = [*starts, counter.get_total_flops() - head]
     trace.end = {block.name: end for block, end in zip(blocks, ends, strict=True)}
     return trace
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of shapes (batch, heads, tokens, width): of the logits, and of the sums of values."""
+    batch, heads, tokens, width = query
+    return 2 * batch * heads * tokens * key[2] * (width + value[3])
 
 
 def _block(block: Block, trace: _Trace | None, size: int, hidden: int, length: int) -> BlockOutline:

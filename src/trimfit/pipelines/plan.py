@@ -119,7 +119,7 @@ def plan_checkpoint(
         device_total=room.device or 0,
         seconds={stage: time for stage, time in seconds(costs(model, job), rates).items() if time},
         throughput=throughput,
-        problem=_problem(model, job, memory_limit, room),
+        problem=find_problem(model, job, memory_limit, room),
     )
 
 
@@ -167,7 +167,7 @@ def capacity(device: torch.device, out: Path) -> Capacity:
     return Capacity(host, total, shutil.disk_usage(parent).free, peak_memory(torch.device("cpu")))
 
 
-def _problem(model: Outline, job: Job, limit: int | None, room: Capacity) -> str | None:
+def find_problem(model: Outline, job: Job, limit: int | None, room: Capacity) -> str | None:
     """One sentence on what cannot fit and what would."""
     lack = _lack(model, job, limit, room)
     if lack is None:

@@ -1,0 +1,149 @@
+"""The arithmetic of a plan, by hand and beside a real run, and what is refused."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from trimfit import PruneConfig
+from trimfit.models.outline import BlockOutline, GroupOutline, Outline
+from trimfit.pipelines.cost import Job, costs, memory, seconds
+from trimfit.pipelines.plan import Capacity, disk_bytes, find_problem, memory_peaks
+
+GIB = 2**30
+# Two blocks of two groups: 10 inputs for layers of 4 and 6 rows; 20 inputs for one that adds to a stream of width 10.
+BLOCK = BlockOutline(
+    (GroupOutline((4, 6), 10, 0, False), GroupOutline((10,), 20, 1000, True)), flops=3000, bytes=600, largest=20
+)
+MODEL = Outline((BLOCK, BLOCK), torch.bfloat16, bytes=2000, hidden=10, vocabulary=40, length=8)
+
+
+def job(fit: int = 6, held_out: int = 2, offload: bool = False, **options: Any) -> Job:
+    options = {"selector": "wanda", "target": "layer", **options}
+    return Job(PruneConfig.model_validate(options), fit, held_out, offload)
+
+
+def test_forward_passes_by_hand():
+    """To the second group, 1000; through the block, 3000, but not through the last; of 8 windows."""
+    assert costs(MODEL, job())["forward"]["model"] == 8 * (2 * 1000 + 3000)
+    dense = costs(MODEL, job(target="dense"))  # two streams; what is added last is seen at the end of the block
+    assert dense["forward"]["model"] == 2 * 8 * (2 * 3000 + 3000)
+    assert costs(MODEL, job(capture="block"))["forward"]["model"] == 8 * (2 * 1000 + 3000)
+
+
+def test_gram_matrices_by_hand():
+    """2n² for each of 64 tokens; for the target dense again for the drift, and 2dn for that of the residual stream."""
+    assert costs(MODEL, job())["gram"]["float32"] == 2 * 2 * 64 * (10**2 + 20**2)
+    dense = costs(MODEL, job(target="dense"))["gram"]["float32"]
+    assert dense == 2 * 2 * 64 * (2 * 10**2 + 2 * 20**2 + 10 * 20)
+
+
+def test_steps_of_the_solver_by_hand():
+    """4mn² a step: of 10 rows with 10 inputs, and of 10 with 20, in two blocks. No refit, no steps."""
+    found = costs(MODEL, replace(job(), solver_steps=7))
+    assert found["refit"]["float32"] == 7 * 4 * 2 * (10 * 10**2 + 10 * 20**2)
+    assert not costs(MODEL, job(refit="none"))["refit"]
+
+
+def test_time_is_work_over_rates():
+    work = costs(MODEL, job())
+    rates = dict.fromkeys(("model", "float32", "float64", "memory", "disk"), 1000.0)
+    assert seconds(work, rates)["forward"] == pytest.approx(40.0)
+    assert seconds(work, rates | {"model": 4000.0})["forward"] == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("selector", ["joint", "sparsegpt"])
+def test_better_masks_cost_more(selector: str):
+    rates = dict.fromkeys(("model", "float32", "float64", "memory", "disk"), 1.0)
+    assert seconds(costs(MODEL, job(selector=selector)), rates)["mask"] > seconds(costs(MODEL, job()), rates)["mask"]
+
+
+def test_memory_and_disk_by_hand():
+    held = memory(MODEL, job())
+    assert (held.weights, held.copy) == (2000, 0)
+    assert held.states == 8 * 8 * 10 * 2  # windows, tokens, width, bytes
+    dense = memory(MODEL, job(target="dense"))
+    assert (dense.states, dense.copy) == (2 * held.states, 600)
+    assert memory(MODEL, job(offload=True)).weights == 2000 - 600  # one block and what is in none
+    layers = 2 * (10 * 10 + 10 * 20)
+    assert disk_bytes(MODEL, job(), None) == 2000 + 2 * layers
+    assert disk_bytes(MODEL, job(), 1000) == 2000 + 2 * layers + held.states - 1000
+
+
+def test_offloaded_blocks_do_not_add_up():
+    """Peak memory with --offload is that of a model with one block; in memory it is not."""
+    many = replace(MODEL, blocks=(BLOCK,) * 50, bytes=800 + 50 * 600)
+    few = replace(MODEL, blocks=(BLOCK,), bytes=800 + 600)
+    for offload, grows in ((False, True), (True, False)):
+        peaks = [
+            max(p.host for p in memory_peaks(model, job(offload=offload), 0, Capacity(1, None, 1, 0)))
+            for model in (few, many)
+        ]
+        assert (peaks[1] > peaks[0]) is grows
+
+
+# A model of 100 blocks of 1 GiB whose largest layer is 8192 × 8192, and hidden states of 4 GiB.
+LARGE = Outline(
+    (BlockOutline((GroupOutline((8192,), 8192, 0, True),), 10**12, GIB, 8192),) * 100,
+    torch.bfloat16,
+    bytes=101 * GIB,
+    hidden=8192,
+    vocabulary=32000,
+    length=2048,
+)
+
+
+@pytest.mark.parametrize(
+    ("host", "device", "disk", "expected"),
+    [
+        (400, None, 400, None),
+        (80, None, 400, "memory but there are 80.0 GiB: give --offload"),
+        (400, 20, 400, "of device memory but there are 20.0 GiB: give --offload"),
+        (12, None, 400, "give --offload --memory-limit 1.5GiB"),
+        (8, None, 400, "no option would change that"),
+        (400, None, 50, "of disk space but there are 50.0 GiB, and no option"),
+    ],
+)
+def test_what_cannot_fit_is_told_with_what_would(host: int, device: int | None, disk: int, expected: str | None):
+    room = Capacity(host * GIB, device and device * GIB, disk * GIB, GIB // 2)
+    problem = find_problem(LARGE, job(fit=112, held_out=16), None, room)
+    if expected is None:
+        assert problem is None
+    else:
+        assert problem is not None and expected in problem and problem.startswith("the run needs ")
+
+
+def test_fewer_windows_are_offered_when_hidden_states_fill_the_disk():
+    room = Capacity(400 * GIB, None, 230 * GIB, 0)
+    problem = find_problem(LARGE, job(fit=2**12, held_out=2**9), 0, room)
+    assert problem is not None and "give --samples " in problem
+
+
+_RUN = """
+import json, resource, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+import trimfit
+from trimfit.models.outline import outline
+from trimfit.pipelines.cost import Job, memory
+config = LlamaConfig(hidden_size=512, intermediate_size=1536, num_hidden_layers=1, num_attention_heads=4, vocab_size=99)
+trimfit.prune(LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+    num_attention_heads=4, vocab_size=99)), torch.randint(99, (4, 16)), trimfit.PruneConfig(selector="wanda"))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+asked = trimfit.PruneConfig(selector="wanda", batch_size=4)
+trimfit.prune(LlamaForCausalLM(config), torch.randint(99, (16, 64)), asked)
+held = memory(outline(config, torch.float32, 64), Job(asked, 14, 2))
+print(json.dumps([peak() - before, held.weights + held.states + held.copy + held.work]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count otherwise")
+def test_memory_is_that_of_a_real_run():
+    """A process that prunes a block of 3 million weights takes some 200 MiB: the plan is within a factor of 1.5."""
+    done = subprocess.run([sys.executable, "-c", _RUN], capture_output=True, text=True, timeout=300)
+    measured, planned = json.loads(done.stdout.splitlines()[-1])
+    assert 1 / 1.5 < planned / measured < 1.5

@@ -1,8 +1,8 @@
 """A checkpoint that is open to be pruned: in memory, or one block after the other from its files."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +17,7 @@ from trimfit.checkpoints import Checkpoint, fingerprint, save_checkpoint
 from trimfit.checkpoints.patch import check_patchable, save_patched
 from trimfit.checkpoints.stream import Stream, find_stream
 from trimfit.errors import InputError, RunError
+from trimfit.heap import trim_heap
 from trimfit.models import Block, Placement
 from trimfit.pipelines.checks import check_finite
 from trimfit.pipelines.quantize_stream import check_stream
@@ -91,10 +92,13 @@ class Offloaded:
         """Hidden states wait on the CPU, or in files where they are too many."""
         return Placement(self._loaded, torch.device("cpu"), limit, folder)
 
-    def _loaded(self, block: Block) -> AbstractContextManager[None]:
-        """With the block behind it on its way."""
+    @contextmanager
+    def _loaded(self, block: Block) -> Generator[None]:
+        """With the block behind it on its way; nothing of the block stays."""
         stack, _, number = block.name.rpartition(".")
-        return self.stream.loaded(block.name, then=f"{stack}.{int(number) + 1}")
+        with self.stream.loaded(block.name, then=f"{stack}.{int(number) + 1}"):
+            yield
+        trim_heap()
 
     def save(
         self,
@@ -110,7 +114,7 @@ class Offloaded:
 
     def _pruned(self, blocks: Sequence[Block], run: RunDirectory) -> Iterator[tuple[str, Tensor]]:
         for block in blocks:
-            with self.stream.loaded(block.name):
+            with self._loaded(block):
                 run.restore_all(block.layers)
                 for name in dict.fromkeys(name for layer in block.layers for name in layer.parameters):
                     yield name, self.checkpoint.model.get_parameter(name).detach()

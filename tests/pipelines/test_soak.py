@@ -85,3 +85,13 @@ def test_from_disk_to_disk(tmp_path: Path, word_tokenizer: PreTrainedTokenizerFa
     assert (tensors(), open_files(), mapped()) == before[1:]
     assert resident() - before[0] < 4 * 2**20
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "tokens.npy"]
+
+
+def test_freed_memory_between_what_lives_is_given_back():
+    torch.ones(2**22)  # glibc learns from a large tensor that was freed to keep smaller ones
+    before = resident()
+    pieces = [(torch.ones(2**18), torch.ones(64)) for _ in range(100)]  # 1 MiB each, with little between
+    small = [piece[1] for piece in pieces]
+    del pieces
+    assert len(small) == 100
+    assert resident() - before < 20 * 2**20

@@ -37,6 +37,7 @@ HELP = {
         "--json",
     ),
     "resume": ("interrupted", "--device", "[default: that of the run]", "--json"),
+    "plan": ("--offload", "--memory-limit", "--samples", "--output", "--json"),
     "quantize": (
         "--output",
         "--bits",

@@ -87,7 +87,7 @@ def allocate(
     - `blocks`: with the layers to prune.
     - `windows`: (N, L) int64 calibration windows; "uniform" does not look at them.
     - `method`: "uniform", the same share everywhere; "owl", by blocks, less where there are many outliers; "error", by
-      layers, so that the estimated cost in nats is least, which needs a forward pass for each layer, on few windows.
+      layers, so that the estimated cost in nats is least: one pass, with a stream of few windows for each layer.
     - `damping`, `batch_size`: as for `prune`; `placement`, `ranks`: as for `Walker`.
 
     Raises `InputError` as `Walker` does, and for layers so small that some would lose all their weights.

@@ -171,6 +171,7 @@ def test_every_selector_with_every_refit(selector: str, refit: str, pattern: str
                 "sparsity": sparsity,
                 "allocation": "uniform",
                 "guard": False,
+                "reorder": False,  # so that weights are where they were
             }
         ),
     )

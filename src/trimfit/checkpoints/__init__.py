@@ -11,5 +11,6 @@ from trimfit.checkpoints.load import fingerprint as fingerprint
 from trimfit.checkpoints.load import load_checkpoint as load_checkpoint
 from trimfit.checkpoints.load import read_config as read_config
 from trimfit.checkpoints.load import resolve_device as resolve_device
+from trimfit.checkpoints.save import check_space as check_space
 from trimfit.checkpoints.save import save_checkpoint as save_checkpoint
 from trimfit.checkpoints.save import write_sidecar as write_sidecar

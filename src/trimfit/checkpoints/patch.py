@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from trimfit.checkpoints.save import write_sidecar
+from trimfit.checkpoints.save import check_zeros, write_sidecar
 from trimfit.checkpoints.shards import INDEX, read_spans, read_tensor
 from trimfit.checkpoints.stream import Place, Stream
 from trimfit.checkpoints.tensor_bytes import tensor_bytes
@@ -80,6 +80,4 @@ def _verify(file: Path, name: str, place: Place, weight: Tensor, share: float) -
     written = read_tensor(file, place.name)
     if tensor_bytes(written) != tensor_bytes(weight):
         raise RunError(f"{name} is not the same after writing; nothing was kept, please report this")
-    zeros = int((written == 0).sum())
-    if zeros < round(share * written.numel()):
-        raise RunError(f"{name} has {zeros} zeros of {written.numel()} instead of {share:.2%}; nothing was kept")
+    check_zeros(name, written, share)

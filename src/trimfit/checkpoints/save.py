@@ -33,7 +33,7 @@ def save_checkpoint(
     transformers, compared bit for bit and its zeros counted. Raises `RunError` when something is not as it
     should be or the disk is full.
     """
-    _check_space(checkpoint, directory)
+    check_space(directory.parent, sum(tensor.nbytes for tensor in checkpoint.model.parameters()))
     _save_model(checkpoint, directory)
     checkpoint.tokenizer.save_pretrained(directory)
     write_sidecar(directory, sidecar)
@@ -70,14 +70,21 @@ def _save_model(checkpoint: Checkpoint, directory: Path) -> None:
         generation.to_json_file(directory / GENERATION_CONFIG_NAME)
 
 
-def _check_space(checkpoint: Checkpoint, directory: Path) -> None:
-    needed = sum(tensor.nbytes for tensor in checkpoint.model.parameters())
-    free = shutil.disk_usage(directory).free
+def check_space(parent: Path, needed: int) -> None:
+    """Raises `RunError` when the disk of a directory has fewer free bytes than a model needs."""
+    free = shutil.disk_usage(parent).free
     if free < needed:
         raise RunError(
-            f"the disk of {directory.parent} has {free / 2**20:.0f} MiB free but the model needs "
-            f"{needed / 2**20:.0f} MiB; free space there or choose another output"
+            f"the disk of {parent} has {free / 2**20:.0f} MiB free but the model needs {needed / 2**20:.0f} MiB; "
+            "free space there or choose another output"
         )
+
+
+def check_zeros(name: str, weight: Tensor, share: float) -> None:
+    """Raises `RunError` for a pruned weight, of this name, with a smaller share of zeros."""
+    zeros = int((weight == 0).sum())
+    if zeros < round(share * weight.numel()):
+        raise RunError(f"{name} has {zeros} zeros of {weight.numel()} instead of {share:.2%}; nothing was kept")
 
 
 def _verify(checkpoint: Checkpoint, directory: Path, sparsity: Mapping[str, float]) -> None:
@@ -86,10 +93,7 @@ def _verify(checkpoint: Checkpoint, directory: Path, sparsity: Mapping[str, floa
         if name not in loaded or not torch.equal(loaded[name], expected.cpu()):
             raise RunError(f"{name} is not the same after saving and loading; nothing was kept, please report this")
     for name, share in sparsity.items():
-        tensor = layer_weight(loaded, name)
-        zeros = int((tensor == 0).sum())
-        if zeros < round(share * tensor.numel()):
-            raise RunError(f"{name} has {zeros} zeros of {tensor.numel()} instead of {share:.2%}; nothing was kept")
+        check_zeros(name, layer_weight(loaded, name), share)
 
 
 def layer_weight(state: Mapping[str, Tensor], name: str) -> Tensor:

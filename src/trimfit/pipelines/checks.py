@@ -1,6 +1,6 @@
 """What every pipeline checks before anything changes."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimfit.calibration import check_ids, context_length
+from trimfit.checkpoints.stream import Stream
+from trimfit.checkpoints.tensor_bytes import fingerprint_of
 from trimfit.errors import InputError
 from trimfit.models import Layer
 
@@ -34,6 +36,19 @@ def check_finite_weight(name: str, weight: Tensor) -> None:
     """The same for one of them."""
     if not torch.isfinite(weight).all():
         raise InputError(f"{name} has NaN or infinite entries: the checkpoint is damaged; nothing was changed")
+
+
+def check_stream(stream: Stream) -> str:
+    """The `fingerprint` of the model. Raises `InputError` for weights that are NaN or infinite."""
+    parameters = {name for name, _ in stream.checkpoint.model.named_parameters()}
+
+    def checked() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in stream.tensors():
+            if name in parameters:
+                check_finite_weight(name, tensor)
+            yield name, tensor
+
+    return fingerprint_of(checked())
 
 
 @contextmanager

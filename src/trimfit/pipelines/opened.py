@@ -1,11 +1,10 @@
 """A checkpoint that is open to be pruned: in memory, or one block after the other from its files."""
 
-import shutil
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -13,14 +12,14 @@ from transformers import PreTrainedModel
 
 from trimfit.calibration import CalibrationConfig
 from trimfit.calibration.config import SELF
-from trimfit.checkpoints import Checkpoint, fingerprint, save_checkpoint
+from trimfit.checkpoints import Checkpoint, check_space, fingerprint, save_checkpoint
 from trimfit.checkpoints.patch import check_patchable, save_patched
 from trimfit.checkpoints.stream import Stream, find_stream
-from trimfit.errors import InputError, RunError
+from trimfit.errors import InputError
 from trimfit.heap import trim_heap
 from trimfit.models import Block, Placement
-from trimfit.pipelines.checks import check_finite
-from trimfit.pipelines.quantize_stream import check_stream
+from trimfit.pipelines.checks import check_finite, check_stream
+from trimfit.pipelines.prune_record import PruneRecord
 from trimfit.pipelines.run_directory import RunDirectory
 
 
@@ -44,16 +43,9 @@ class InMemory:
         """Hidden states are where the model is, or in files where they are too many."""
         return Placement(limit=limit, folder=folder)
 
-    def save(
-        self,
-        directory: Path,
-        sidecar: Mapping[str, Any],
-        blocks: Sequence[Block],
-        run: RunDirectory,
-        sparsity: Mapping[str, float],
-    ) -> None:
+    def save(self, directory: Path, record: PruneRecord, blocks: Sequence[Block], run: RunDirectory) -> None:
         """Writes the model as it is now."""
-        save_checkpoint(self.checkpoint, directory, sidecar, sparsity=sparsity)
+        save_checkpoint(self.checkpoint, directory, record.sidecar(), sparsity=record.zeros())
 
 
 @dataclass(frozen=True)
@@ -100,17 +92,10 @@ class Offloaded:
             yield
         trim_heap()
 
-    def save(
-        self,
-        directory: Path,
-        sidecar: Mapping[str, Any],
-        blocks: Sequence[Block],
-        run: RunDirectory,
-        sparsity: Mapping[str, float],
-    ) -> None:
+    def save(self, directory: Path, record: PruneRecord, blocks: Sequence[Block], run: RunDirectory) -> None:
         """Writes the source's files with the pruned weights in them."""
-        whole = {name: share for name, share in sparsity.items() if name in self.stream.places}
-        save_patched(self.stream, directory, sidecar, self._pruned(blocks, run), sparsity=whole)
+        whole = {name: share for name, share in record.zeros().items() if name in self.stream.places}
+        save_patched(self.stream, directory, record.sidecar(), self._pruned(blocks, run), sparsity=whole)
 
     def _pruned(self, blocks: Sequence[Block], run: RunDirectory) -> Iterator[tuple[str, Tensor]]:
         for block in blocks:
@@ -129,14 +114,8 @@ def check_text(calibration: CalibrationConfig) -> None:
         )
 
 
-def check_space(out: Path, model: PreTrainedModel, blocks: Sequence[Block]) -> None:
+def check_run_space(out: Path, model: PreTrainedModel, blocks: Sequence[Block]) -> None:
     """Raises `RunError` when the disk cannot hold the model and, until it is finished, the pruned layers."""
     layers = [layer.weight for block in blocks for layer in block.layers]
     needed = sum(tensor.nbytes for tensor in (*model.parameters(), *layers))
-    parent = out.absolute().parent
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise RunError(
-            f"the disk of {parent} has {free / 2**20:.0f} MiB free but the model and the run beside it need "
-            f"{needed / 2**20:.0f} MiB; free space there or choose another output"
-        )
+    check_space(out.absolute().parent, needed)

@@ -13,7 +13,7 @@ from trimfit.errors import InputError
 from trimfit.models import find_blocks, select_layers
 from trimfit.pipelines.config import PruneConfig
 from trimfit.pipelines.observer import Observer, Silent
-from trimfit.pipelines.opened import InMemory, Offloaded, check_space
+from trimfit.pipelines.opened import InMemory, Offloaded, check_run_space
 from trimfit.pipelines.prune import PruneRun
 from trimfit.pipelines.prune_record import PruneRecord
 from trimfit.pipelines.records import PruneReport, versions
@@ -69,7 +69,7 @@ def prune_checkpoint(
         _check_same_model(source, model_fingerprint, ranks)
 
         def begin(run: RunDirectory) -> tuple[Tensor, SelfSample | None]:
-            check_space(out, model, blocks)
+            check_run_space(out, model, blocks)
             run.open(_identity(model_fingerprint, config, calibration))
             return run.windows(lambda: draw_windows(checkpoint, calibration, config.batch_size, observer))
 
@@ -83,7 +83,7 @@ def prune_checkpoint(
                 checkpoint.source, opened.device, model_fingerprint, calibration, windows, sample, report, run.id
             )
             with atomic_directory(out, overwrite, run.result) as directory:
-                opened.save(directory, record.sidecar(), blocks, run, record.zeros())
+                opened.save(directory, record, blocks, run)
                 record.save_windows(directory)
 
         observer.stage(f"writing {out}")

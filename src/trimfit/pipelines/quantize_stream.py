@@ -1,32 +1,17 @@
 """Quantize a model that stays in its files: one block after the other is read, quantized, handed on and dropped."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from trimfit.checkpoints.packed import plain_tensors
 from trimfit.checkpoints.stream import Stream
-from trimfit.checkpoints.tensor_bytes import fingerprint_of
 from trimfit.models import find_blocks, select_layers
-from trimfit.pipelines.checks import check_finite_weight
 from trimfit.pipelines.observer import Observer
 from trimfit.pipelines.quantize import QuantizeRun, Sink
 from trimfit.pipelines.quantize_config import QuantizeConfig
 from trimfit.pipelines.quantize_records import QuantizeReport
 from trimfit.pipelines.weight_moments import WeightMoments
-
-
-def check_stream(stream: Stream) -> str:
-    """The `fingerprint` of the model. Raises `InputError` for weights that are NaN or infinite."""
-    parameters = {name for name, _ in stream.checkpoint.model.named_parameters()}
-
-    def checked() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in stream.tensors():
-            if name in parameters:
-                check_finite_weight(name, tensor)
-            yield name, tensor
-
-    return fingerprint_of(checked())
 
 
 def quantize_stream(

@@ -1,7 +1,8 @@
 """Our best pruning beside the protocols of OPTIMA, SparseGPT and ALPS, in one run on the same windows and text.
 
     python benchmarks/pruning_targets.py demo --calibration demo --text demo
-    python benchmarks/pruning_targets.py MODEL --calibration FIRST_HALF --text SECOND_HALF
+    python benchmarks/pruning_targets.py MODEL --calibration FIRST_HALF --text SECOND_HALF \
+        --task continuation:SECOND_HALF
 
 - `best`: joint masks with an allocation by measured cost, refit, target "dense": the defaults of `trimfit prune`.
 - `best, self`: the same on windows that the model itself wrote.
@@ -12,6 +13,7 @@
 - `ALPS`: ADMM with its own schedule, per layer, and 10 steps of conjugate gradients (benchmarks/alps.py).
 
 All see each group of layers through what is pruned already. Excess is ln perplexity less that of the dense model.
+With --task there is the accuracy on a task of `trimfit eval` too.
 Prints each cell as it comes, then Markdown tables.
 """
 
@@ -26,6 +28,7 @@ from alps import alps
 from common import PATTERNS, Bench, indivisible, machine, mean_std, parser
 
 import trimfit
+from trimfit.evaluate import TaskScore, evaluate_tasks
 from trimfit.masks import SELECTORS, Selector
 
 PLAIN: dict[str, Any] = {"target": "layer", "guard": False}
@@ -48,9 +51,11 @@ def main() -> None:
     options = parser(__doc__, seeds=5)
     options.add_argument("--patterns", nargs="*", default=list(PATTERNS))
     options.add_argument("--methods", nargs="*", default=DEFAULT)
+    options.add_argument("--task", help="as of trimfit eval --tasks: demo, continuation:FILE")
     arguments = options.parse_args()
     SELECTORS["alps"] = Selector(alps, "layer", updates_weights=True)
     bench = Bench(arguments)
+    dense = accuracy(bench, arguments.task)
 
     cells: list[dict[str, Any]] = []
     for seed in range(arguments.seeds):
@@ -67,7 +72,10 @@ def main() -> None:
             trimfit.prune(bench.model, windows["self" if method.endswith("self") else arguments.calibration], config)
             seconds = time.perf_counter() - start
             excess = math.log(bench.score().perplexity / bench.dense.perplexity)
-            cells.append({"pattern": label, "method": method, "seed": seed, "excess": excess, "seconds": seconds})
+            cell = {"pattern": label, "method": method, "seed": seed, "excess": excess, "seconds": seconds}
+            if (reached := accuracy(bench, arguments.task)) is not None:
+                cell["accuracy"] = reached.value
+            cells.append(cell)
             print(json.dumps(cells[-1]), flush=True)
 
     print(f"\n{machine()}\n")
@@ -77,8 +85,16 @@ def main() -> None:
         f"{bench.dense.perplexity:.3f}; {arguments.seeds} seeds, mean ± std.\n"
     )
     print(tables(cells))
+    if dense is not None:
+        print(f"\nAccuracy on {arguments.task}: dense {dense.value:.3f} ± {dense.standard_error:.3f}.\n")
+        print(table(cells, "accuracy", ".3f"))
     if arguments.json:
         arguments.json.write_text(json.dumps({"dense": bench.dense.perplexity, "cells": cells}, indent=1))
+
+
+def accuracy(bench: Bench, task: str | None) -> TaskScore | None:
+    """Of the model as it is now."""
+    return None if task is None else evaluate_tasks(bench.model, bench.tokenizer, [task])[0]
 
 
 def _possible(options: dict[str, Any], pattern: dict[str, Any]) -> dict[str, Any]:
@@ -88,28 +104,45 @@ def _possible(options: dict[str, Any], pattern: dict[str, Any]) -> dict[str, Any
 
 def tables(cells: list[dict[str, Any]]) -> str:
     """Markdown: excess nats; what the best has of each other method's; medians of the seconds."""
-    patterns, methods = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("pattern", "method"))
-
-    def values(method: str, pattern: str, key: str) -> list[float]:
-        return [cell[key] for cell in cells if (cell["method"], cell["pattern"]) == (method, pattern)]
-
-    def line(name: str, entries: list[str]) -> str:
-        return f"| {name} | " + " | ".join(entries) + " |"
+    patterns, methods = _axes(cells)
 
     def mean(method: str, pattern: str) -> float:
-        return statistics.mean(values(method, pattern, "excess"))
+        return statistics.mean(_values(cells, method, pattern, "excess"))
 
-    lines = [line("excess nats", patterns), "|---|" + "---|" * len(patterns)]
-    for method in methods:
-        entries = [mean_std(values(method, p, "excess"), ".4f") for p in patterns]
-        lines.append(line(method, entries))
-    lines += ["", line("best, as a share of", patterns), "|---|" + "---|" * len(patterns)]
+    shares = [_line("best, as a share of", patterns), _rule(patterns)]
     for method in methods[1:]:
-        lines.append(line(method, [f"{mean(methods[0], p) / mean(method, p):.2f}" for p in patterns]))
-    lines += ["", line("median seconds", patterns), "|---|" + "---|" * len(patterns)]
+        shares.append(_line(method, [f"{mean(methods[0], p) / mean(method, p):.2f}" for p in patterns]))
+    times = [_line("median seconds", patterns), _rule(patterns)]
     for method in methods:
-        lines.append(line(method, [f"{statistics.median(values(method, p, 'seconds')):.1f}" for p in patterns]))
+        times.append(
+            _line(method, [f"{statistics.median(_values(cells, method, p, 'seconds')):.1f}" for p in patterns])
+        )
+    return "\n".join([table(cells, "excess", ".4f", "excess nats"), "", *shares, "", *times])
+
+
+def table(cells: list[dict[str, Any]], key: str, form: str, title: str | None = None) -> str:
+    """Markdown: one figure of the cells, mean ± std over the seeds."""
+    patterns, methods = _axes(cells)
+    lines = [_line(title or key, patterns), _rule(patterns)]
+    lines += [_line(method, [mean_std(_values(cells, method, p, key), form) for p in patterns]) for method in methods]
     return "\n".join(lines)
+
+
+def _axes(cells: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    patterns, methods = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("pattern", "method"))
+    return patterns, methods
+
+
+def _values(cells: list[dict[str, Any]], method: str, pattern: str, key: str) -> list[float]:
+    return [cell[key] for cell in cells if (cell["method"], cell["pattern"]) == (method, pattern)]
+
+
+def _line(name: str, entries: list[str]) -> str:
+    return f"| {name} | " + " | ".join(entries) + " |"
+
+
+def _rule(patterns: list[str]) -> str:
+    return "|---|" + "---|" * len(patterns)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import huggingface_hub.constants
 import pytest
 import safetensors.torch
 import torch
-from families import EVERYTHING
+from families import EVERYTHING, EXPERT_FAMILIES
 from refusals import edit_config
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -45,7 +45,7 @@ def edit_weights(directory: Path, **changes: Tensor | None) -> None:
 def make(tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast) -> Any:
     def make(name: str = "llama", shard_bytes: int = 10**9, dtype: torch.dtype = torch.float32) -> Path:
         directory = tmp_path / "model"
-        EVERYTHING[name].build(dtype=dtype).save_pretrained(directory, max_shard_size=shard_bytes)
+        (EVERYTHING | EXPERT_FAMILIES)[name].build(dtype=dtype).save_pretrained(directory, max_shard_size=shard_bytes)
         word_tokenizer.save_pretrained(directory)
         return directory
 
@@ -53,7 +53,22 @@ def make(tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast) -> Any:
 
 
 @pytest.mark.parametrize("shard_bytes", [5_000, 10**9])
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "gemma3_text", "phi3", "opt", "bloom", "gpt2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "llama-tied",
+        "qwen2",
+        "gemma3_text",
+        "phi3",
+        "opt",
+        "bloom",
+        "gpt2",
+        "gpt_neox",
+        "gptj",
+        *EXPERT_FAMILIES,
+    ],
+)
 def test_a_stream_is_what_would_be_loaded(make: Any, name: str, shard_bytes: int):
     directory = make(name, shard_bytes, torch.bfloat16)
     loaded, stream = load_checkpoint(str(directory)), stream_of(directory)
@@ -68,6 +83,10 @@ def test_a_stream_is_what_would_be_loaded(make: Any, name: str, shard_bytes: int
     for tensor_name, tensor in loaded.model.state_dict().items():
         assert read[tensor_name].dtype == tensor.dtype and torch.equal(read[tensor_name], tensor)
     assert fingerprint_of(stream.tensors()) == fingerprint(loaded.model)
+    computed = {name: one for name, one in loaded.model.named_buffers() if name not in read}
+    assert stream.buffers.keys() == computed.keys()
+    for buffer_name, buffer in computed.items():
+        assert stream.buffers[buffer_name].dtype == buffer.dtype and torch.equal(stream.buffers[buffer_name], buffer)
 
 
 def test_a_block_is_there_while_it_is_asked_for(make: Any):
@@ -130,7 +149,9 @@ def test_a_hub_model_is_read_in_its_cache(make: Any, tmp_path: Path, monkeypatch
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     stream = stream_of("someone/tiny")
     assert stream.checkpoint.source == "someone/tiny"
-    assert {place.file.parent for place in stream.places.values()} == {repository / "snapshots" / "abc"}
+    assert {source.file.parent for place in stream.places.values() for source in place.sources} == {
+        repository / "snapshots" / "abc"
+    }
 
 
 def lacks_weights(directory: Path) -> None:
@@ -180,13 +201,6 @@ def in_bin_files(directory: Path) -> str:
     return "its weights are not in safetensors files"
 
 
-def with_a_prefix_less(directory: Path) -> str:
-    tensors = safetensors.torch.load_file(directory / "model.safetensors")
-    tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    safetensors.torch.save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    return "no file holds model.embed_tokens.weight as it is in the model"
-
-
 def in_a_named_file(directory: Path) -> str:
     shutil.copy(directory / "model.safetensors", directory / "other.safetensors")
     edit_config(directory, transformers_weights="other.safetensors")
@@ -200,7 +214,7 @@ def in_two_forms(directory: Path) -> str:
     return "it has both model.safetensors and model.safetensors.index.json"
 
 
-@pytest.mark.parametrize("change", [in_bin_files, with_a_prefix_less, in_a_named_file, in_two_forms])
+@pytest.mark.parametrize("change", [in_bin_files, in_a_named_file, in_two_forms])
 def test_what_cannot_be_streamed_is_loaded(make: Any, change: Any, caplog: pytest.LogCaptureFixture):
     directory = make()
     reason = change(directory)
@@ -210,9 +224,20 @@ def test_what_cannot_be_streamed_is_loaded(make: Any, change: Any, caplog: pytes
     assert fingerprint(load_checkpoint(str(directory)).model) == fingerprint(EVERYTHING["llama"].build())
 
 
-def test_weights_that_transformers_converts_are_loaded(make: Any, caplog: pytest.LogCaptureFixture):
-    """GPT-NeoX's head has another name in its files."""
-    directory = make("gpt_neox")
-    with caplog.at_level(logging.INFO, "trimfit"):
-        assert open_stream(str(directory), CPU) is None
-    assert "is loaded as a whole: " in caplog.text
+def test_names_without_their_prefix_are_understood(make: Any):
+    """As in files that the model without a head has written."""
+    directory = make()
+    tensors = safetensors.torch.load_file(directory / "model.safetensors")
+    tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    safetensors.torch.save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    assert fingerprint_of(stream_of(directory).tensors()) == fingerprint(load_checkpoint(str(directory)).model)
+
+
+def test_an_expert_that_is_not_there_is_missed(make: Any):
+    directory = make("mixtral")
+    name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+    assert name in safetensors.torch.load_file(directory / "model.safetensors")
+    edit_weights(directory, **{name: None})
+    for read in (load_checkpoint, stream_of):
+        with pytest.raises(InputError, match="do not fit together, as when one of several experts is missing"):
+            read(str(directory))

@@ -9,7 +9,7 @@ import numpy
 import pytest
 import safetensors.torch
 import torch
-from families import EVERYTHING, LENGTH, windows
+from families import EVERYTHING, EXPERT_FAMILIES, LENGTH, windows
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from trimfit import CalibrationConfig, InputError, PruneConfig, PruneReport, prune_checkpoint
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 def write(
     directory: Path, tokenizer: PreTrainedTokenizerFast, name: str, shard_bytes: int = 20_000, **options: Any
 ) -> Path:
-    EVERYTHING[name].build(**options).save_pretrained(directory, max_shard_size=shard_bytes)
+    (EVERYTHING | EXPERT_FAMILIES)[name].build(**options).save_pretrained(directory, max_shard_size=shard_bytes)
     tokenizer.save_pretrained(directory)
     numpy.save(directory.parent / "tokens.npy", windows(8).numpy())
     return directory
@@ -40,12 +40,16 @@ def prune(source: Path, name: str, config: PruneConfig, **options: Any) -> Prune
         *((name, {"selector": "magnitude", "ignore": ("re:[.]0[.]",)}) for name in ("gemma2", "bloom", "mistral")),
         ("llama", {}),
         ("llama", {"pattern": "2:4", "capture": "block"}),
+        ("gpt_neox", {"selector": "magnitude"}),
+        *((name, {"selector": "wanda"}) for name in EXPERT_FAMILIES),
+        ("mixtral", {"pattern": "2:4"}),
     ],
 )
 def test_byte_for_byte(
     tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast, name: str, options: dict[str, Any]
 ) -> None:
-    source = write(tmp_path / "model", word_tokenizer, name, dtype=torch.bfloat16)
+    dtype = torch.float32 if name == "deepseek_v3" else torch.bfloat16  # its router computes in float32 always
+    source = write(tmp_path / "model", word_tokenizer, name, dtype=dtype)
     config = PruneConfig.model_validate(options)
     in_memory = prune(source, "in memory", config)
     offloaded = prune(source, "offloaded", config, offload=True, memory_limit=LENGTH * 32 * 2 * 3)

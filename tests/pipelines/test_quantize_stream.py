@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy
 import pytest
+import safetensors.torch
 import torch
 from families import EVERYTHING, FAMILIES, LENGTH, windows
 from refusals import damage_file
@@ -117,12 +118,18 @@ def test_zeros_of_a_pruned_model_stay(tmp_path: Path, word_tokenizer: PreTrained
 def test_a_model_that_cannot_be_streamed_is_loaded(
     tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ):
-    source = write(tmp_path / "model", word_tokenizer, "gpt_neox")  # its head has another name in the files
+    source = write(tmp_path / "model", word_tokenizer)
+    torch.save(safetensors.torch.load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
     with caplog.at_level(logging.INFO, "trimfit"):
         quantize_checkpoint(str(source), tmp_path / "streamed", DEFAULT, device=CPU)
     assert f"{source} is loaded as a whole: " in caplog.text
     in_memory(source, tmp_path / "loaded")
     assert told(tmp_path / "streamed") == told(tmp_path / "loaded")
+
+
+def test_weights_that_are_stored_under_other_names(tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast):
+    assert_the_same(write(tmp_path / "model", word_tokenizer, "gpt_neox"), tmp_path)
 
 
 def test_calibration_and_other_formats_load_the_model(

@@ -36,14 +36,15 @@ class Checkpoint:
 def load_checkpoint(source: str, device: torch.device | None = None, *, quantized: bool = False) -> Checkpoint:
     """The model in the dtype of its checkpoint, on `device` (CPU by default), and its tokenizer.
 
-    `source` is a directory or a hub name. `quantized` also takes what `trimfit quantize` writes, packed or with online
-    transformations. Raises `InputError` for anything else that is not a whole, unquantized, decoder-only language model
-    with a tokenizer that fits.
+    `source` is a directory or a hub name. On the meta device no weight is read, and buffers are without values too.
+    `quantized` also takes what `trimfit quantize` writes, packed or with online transformations. Raises `InputError`
+    for anything else that is not a whole, unquantized, decoder-only language model with a tokenizer that fits.
     """
     source, config = _open(source, quantized=quantized)
     tokenizer = _load_tokenizer(source)
-    model: Any = _load_model(source, config)
-    model = model.to(device or torch.device("cpu"))
+    device = device or torch.device("cpu")
+    model: Any = _load_model(source, config, outline=device.type == "meta")
+    model = model.to(device)
     rows = model.get_input_embeddings().get_parameter("weight").shape[0]
     if tokenizer.vocab_size > rows:  # tokens added beyond it may be without a row, as Gemma 3's image token is
         raise InputError(
@@ -195,7 +196,10 @@ def _stored_dtype(source: str) -> torch.dtype | str:
     return dtypes.pop() if len(dtypes) == 1 else "auto"
 
 
-def _load_model(source: str, config: PreTrainedConfig, *, merged: bool = False) -> PreTrainedModel:
+def _load_model(
+    source: str, config: PreTrainedConfig, *, merged: bool = False, outline: bool = False
+) -> PreTrainedModel:
+    """`merged`: see `load`; `outline`: on the meta device."""
     online = None
     try:
         if is_online(config):
@@ -203,12 +207,21 @@ def _load_model(source: str, config: PreTrainedConfig, *, merged: bool = False) 
             model, info = build_model(Path(source), config, online.weights)
         else:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=_stored_dtype(source), output_loading_info=True, ignore_mismatched_sizes=True
+                source,
+                dtype=_stored_dtype(source),
+                device_map={"": "meta"} if outline else None,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
             model, info = loaded
     except InputError:
         raise
     except Exception as error:  # transformers raises many kinds; each means that this model cannot be used
+        if "conversion of the weights" in str(error):  # its own words end with "look at the above report"
+            raise InputError(
+                f"the weights of {source} do not fit together, as when one of several experts is missing: the download "
+                "is incomplete or config.json belongs to another model"
+            ) from error
         raise InputError(f"the model {source} cannot be loaded: {first_line(error)}") from error
     if info["mismatched_keys"]:
         name = sorted(info["mismatched_keys"])[0][0]

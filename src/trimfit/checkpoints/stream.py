@@ -1,39 +1,23 @@
 """A checkpoint whose weights stay in their files: a model without any, into which one block after the other is read."""
 
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimfit.checkpoints.load import Checkpoint, load_checkpoint
-from trimfit.checkpoints.shards import (
-    INDEX,
-    SINGLE,
-    read_ahead,
-    read_spans,
-    read_tensor,
-    shard_files,
-    source_directory,
-)
+from trimfit.checkpoints.places import Place, find_places
+from trimfit.checkpoints.shards import INDEX, SINGLE, read_ahead, read_spans, shard_files, source_directory
 from trimfit.timing import stage
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor of the model is: in which file, under which name; and its dtype in the model."""
-
-    file: Path
-    name: str
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -42,7 +26,7 @@ class Stream:
 
     - `checkpoint`: with a model whose weights are on the meta device, all but those of blocks that are `loaded`.
     - `device`: of blocks that are `loaded`.
-    - `places`: of each tensor in the state dict of the model; of tied ones, that of the one which is stored.
+    - `places`: of each tensor in the state dict of the model.
     - `buffers`: those that no file holds, by name.
     """
 
@@ -53,8 +37,7 @@ class Stream:
 
     def read(self, name: str) -> Tensor:
         """One tensor of the state dict in the dtype that it has in the model, on the CPU."""
-        place = self.places[name]
-        return read_tensor(place.file, place.name).to(place.dtype)
+        return self.places[name].read(self.checkpoint.model)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors of the state dict, sorted by name, each of them read when its turn comes."""
@@ -80,13 +63,14 @@ class Stream:
             module.to("meta")
 
     def _read_ahead(self, prefix: str) -> None:
-        names: dict[Path, list[str]] = {}
+        stored: dict[Path, set[str]] = {}
         for name, place in self.places.items():
             if name.startswith(prefix):
-                names.setdefault(place.file, []).append(place.name)
-        for file, stored in names.items():
+                for source in place.sources:
+                    stored.setdefault(source.file, set()).add(source.name)
+        for file, names in stored.items():
             spans = read_spans(file)
-            read_ahead(file, [spans[name] for name in stored])
+            read_ahead(file, [spans[name] for name in names])
 
     def load_all_but(self, blocks: Sequence[str]) -> None:
         """Puts everything else into the model, for as long as it lives: with one block `loaded` it can run."""
@@ -117,19 +101,13 @@ def open_stream(source: str, device: torch.device) -> Stream | None:
 def find_stream(source: str, device: torch.device) -> Stream | str:
     """The checkpoint with its weights left in their files, or why they have to be loaded.
 
-    They can stay there when safetensors files hold each under the name and in the shape that it has in the model.
+    They can stay there when safetensors files hold each as it is in the model, or as transformers can convert it.
     Blocks are to be on `device`. `source` and errors are those of `load_checkpoint`.
     """
     directory = Path(source).expanduser()
     if directory.is_dir() and not any(directory.glob("*.safetensors")):
         return "its weights are not in safetensors files"
-    checkpoint = load_checkpoint(source)  # from files that are mapped, so hardly any is read
-    model: Any = checkpoint.model
-    stored = model.state_dict()
-    buffers = {name: one for name, one in model.named_buffers(remove_duplicate=False) if name not in stored}
-    del stored
-    model.to("meta")
-    checkpoint.model.tie_weights(recompute_mapping=False)  # what was tied is not any more after it was moved
+    checkpoint = load_checkpoint(source, torch.device("meta"))
     found = source_directory(checkpoint.source)
     files = [] if found is None else shard_files(found)
     if found is None or not files:
@@ -138,29 +116,29 @@ def find_stream(source: str, device: torch.device) -> Stream | str:
         return f"it has both {SINGLE} and {INDEX}"
     if getattr(checkpoint.model.config, "transformers_weights", None):
         return "its config names the file of its weights"
-    if getattr(checkpoint.model, "_weight_conversions", None):
-        return "transformers converts its weights when it loads them"
-    places = _places(checkpoint.model, files)
+    places = find_places(checkpoint.model, files)
+    _tie(checkpoint.model, places)
     lost = [name for name in checkpoint.model.state_dict() if name not in places]
     if lost:
         return f"no file holds {lost[0]} as it is in the model"
+    buffers = _buffers(checkpoint.model)
     return Stream(checkpoint, torch.empty(0, device=device).device, places, buffers)  # "cuda" is now "cuda:0"
 
 
-def _places(model: PreTrainedModel, files: list[Path]) -> dict[str, Place]:
-    """By name in the state dict; without those that no file holds in the right shape."""
-    stored: dict[str, tuple[Path, list[int]]] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            stored |= {name: (file, tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    state = model.state_dict(keep_vars=True)
-    tied: dict[int, list[str]] = {}
-    for name, tensor in state.items():
-        tied.setdefault(id(tensor), []).append(name)
-    places: dict[str, Place] = {}
-    for name, tensor in state.items():
-        for candidate in (name, *tied[id(tensor)]):
-            if candidate in stored and stored[candidate][1] == list(tensor.shape):
-                places[name] = Place(stored[candidate][0], candidate, tensor.dtype)
-                break
-    return places
+def _tie(model: PreTrainedModel, places: Mapping[str, Place]) -> None:
+    """What transformers leaves open without values: weights to be tied that are stored twice are, if they are equal."""
+    for target, kept in list(model.all_tied_weights_keys.items()):
+        both = [places[name] for name in (target, kept) if name in places]
+        if len(both) == 2 and both[0] != both[1] and not torch.equal(both[0].read(model), both[1].read(model)):
+            del model.all_tied_weights_keys[target]
+    model.tie_weights(recompute_mapping=False)
+
+
+def _buffers(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The buffers that no file holds, such as frequencies of rotary embeddings, computed from the config."""
+    kept = model.state_dict()
+    wanted = {name: one for name, one in model.named_buffers(remove_duplicate=False) if name not in kept}
+    with init_empty_weights(include_buffers=False):
+        computed: Any = type(model)(model.config)
+    found = dict(computed.named_buffers(remove_duplicate=False))
+    return {name: found[name].to(one.dtype) for name, one in wanted.items()}

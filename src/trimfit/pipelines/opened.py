@@ -61,7 +61,6 @@ class Offloaded:
         stream = find_stream(source, device)
         if isinstance(stream, str):
             raise InputError(f"{source} cannot be offloaded, as {stream}: leave out --offload")
-        check_patchable(stream)
         return cls(stream)
 
     @property
@@ -75,7 +74,8 @@ class Offloaded:
         return self.stream.device
 
     def prepare(self, blocks: Sequence[Block]) -> str:
-        """As in memory; and loads what is in no block."""
+        """As in memory; and loads what is in no block. `InputError` also for files that cannot be taken over."""
+        check_patchable(self.stream, {n for block in blocks for layer in block.layers for n in layer.parameters})
         found = check_stream(self.stream)
         self.stream.load_all_but([block.name for block in blocks])
         return found
@@ -97,12 +97,13 @@ class Offloaded:
         whole = {name: share for name, share in record.zeros().items() if name in self.stream.places}
         save_patched(self.stream, directory, record.sidecar(), self._pruned(blocks, run), sparsity=whole)
 
-    def _pruned(self, blocks: Sequence[Block], run: RunDirectory) -> Iterator[tuple[str, Tensor]]:
+    def _pruned(self, blocks: Sequence[Block], run: RunDirectory) -> Iterator[dict[str, Tensor]]:
+        model = self.checkpoint.model
         for block in blocks:
             with self._loaded(block):
                 run.restore_all(block.layers)
-                for name in dict.fromkeys(name for layer in block.layers for name in layer.parameters):
-                    yield name, self.checkpoint.model.get_parameter(name).detach()
+                names = dict.fromkeys(name for layer in block.layers for name in layer.parameters)
+                yield {name: model.get_parameter(name).detach() for name in names}
 
 
 def check_text(calibration: CalibrationConfig) -> None:

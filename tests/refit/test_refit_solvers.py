@@ -1,5 +1,7 @@
 """What is particular to a solver, to the choice between them, and to the chunks they work in."""
 
+import importlib
+
 import pytest
 import torch
 from refit_reference import Reference, make_layer
@@ -114,3 +116,29 @@ def test_settings_of_some_solvers():
             make(max_steps=0)
     with pytest.raises(InputError, match='"diagonal" or "masked_inverse", not \'none\''):
         ConjugateGradients("none")  # type: ignore[arg-type]
+
+
+class Done:
+    """An event of a device that is always done."""
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+@pytest.mark.parametrize("name", ["diagonal", "masked_inverse"])
+def test_counts_that_come_a_look_late_change_nothing_but_steps(monkeypatch: pytest.MonkeyPatch, name: str):
+    """As on a GPU, where the host does not wait for them."""
+    gram, weight, mask = make_layer(23, 32, decay=1.0)
+    mask[:8, 3:] = False  # rows that are finished long before the others
+    solver = ConjugateGradients(name)
+    in_time = refit(gram, weight, mask, solver=solver)
+    module = importlib.import_module("trimfit.refit.conjugate_gradients")
+    looks = module._Looks
+    monkeypatch.setattr(torch.cuda, "Event", Done)
+    monkeypatch.setattr(module, "_Looks", lambda device: looks(torch.device("cuda")))
+    late = refit(gram, weight, mask, solver=solver)
+    assert late.status is in_time.status is Status.OPTIMAL
+    assert in_time.steps < late.steps <= in_time.steps + 2 * (4 if name == "diagonal" else 1)
+    reference = Reference(gram, weight, mask)
+    assert (reference.gap(late.weight) <= 1e-4 * reference.gain).all()

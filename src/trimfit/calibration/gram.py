@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from trimfit.precision import tensor_float32
 from trimfit.ranks import ALONE, Ranks
 
 
@@ -80,12 +81,14 @@ class MomentSum:
         x = _rows(inputs)
         self.tokens += len(x)
         self._calls += 1
-        self._add("gram", x, x)
+        with tensor_float32(x.device, allowed=inputs.dtype in (torch.bfloat16, torch.float16)):  # exact for these
+            self._add("gram", x, x)
         if drifted is None:
             return
-        self._add("inputs", x - _rows(drifted.inputs), x)
-        if drifted.residual is not None and drifted.dense_residual is not None:
-            self._add("residual", _rows(drifted.residual) - _rows(drifted.dense_residual), x)
+        with tensor_float32(x.device, allowed=False):
+            self._add("inputs", x - _rows(drifted.inputs), x)
+            if drifted.residual is not None and drifted.dense_residual is not None:
+                self._add("residual", _rows(drifted.residual) - _rows(drifted.dense_residual), x)
 
     def _add(self, name: str, a: Tensor, b: Tensor) -> None:
         if name not in self._sums:

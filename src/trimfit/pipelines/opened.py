@@ -19,8 +19,8 @@ from trimfit.errors import InputError
 from trimfit.heap import trim_heap
 from trimfit.models import Block, Placement
 from trimfit.pipelines.checks import check_finite, check_stream
+from trimfit.pipelines.prune_ledger import PruneLedger
 from trimfit.pipelines.prune_record import PruneRecord
-from trimfit.pipelines.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class InMemory:
         """Hidden states are where the model is, or in files where they are too many."""
         return Placement(limit=limit, folder=folder)
 
-    def save(self, directory: Path, record: PruneRecord, blocks: Sequence[Block], run: RunDirectory) -> None:
+    def save(self, directory: Path, record: PruneRecord, blocks: Sequence[Block], kept: PruneLedger) -> None:
         """Writes the model as it is now."""
         save_checkpoint(self.checkpoint, directory, record.sidecar(), sparsity=record.zeros())
 
@@ -92,16 +92,16 @@ class Offloaded:
             yield
         trim_heap()
 
-    def save(self, directory: Path, record: PruneRecord, blocks: Sequence[Block], run: RunDirectory) -> None:
+    def save(self, directory: Path, record: PruneRecord, blocks: Sequence[Block], kept: PruneLedger) -> None:
         """Writes the source's files with the pruned weights in them."""
         whole = {name: share for name, share in record.zeros().items() if name in self.stream.places}
-        save_patched(self.stream, directory, record.sidecar(), self._pruned(blocks, run), sparsity=whole)
+        save_patched(self.stream, directory, record.sidecar(), self._pruned(blocks, kept), sparsity=whole)
 
-    def _pruned(self, blocks: Sequence[Block], run: RunDirectory) -> Iterator[dict[str, Tensor]]:
+    def _pruned(self, blocks: Sequence[Block], kept: PruneLedger) -> Iterator[dict[str, Tensor]]:
         model = self.checkpoint.model
         for block in blocks:
             with self._loaded(block):
-                run.restore_all(block.layers)
+                kept.restore_all(block.layers)
                 names = dict.fromkeys(name for layer in block.layers for name in layer.parameters)
                 yield {name: model.get_parameter(name).detach() for name in names}
 

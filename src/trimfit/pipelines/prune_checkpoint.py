@@ -2,22 +2,22 @@
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from trimfit.calibration import CalibrationConfig, SelfSample
-from trimfit.checkpoints import Checkpoint, atomic_directory, check_output, load_checkpoint, save_checkpoint
-from trimfit.errors import InputError
+from trimfit.checkpoints import Checkpoint, atomic_directory, load_checkpoint, save_checkpoint
 from trimfit.models import find_blocks, select_layers
 from trimfit.pipelines.config import PruneConfig
 from trimfit.pipelines.observer import Observer, Silent
 from trimfit.pipelines.opened import InMemory, Offloaded, check_run_space
 from trimfit.pipelines.prune import PruneRun
+from trimfit.pipelines.prune_ledger import PruneLedger
 from trimfit.pipelines.prune_record import PruneRecord
-from trimfit.pipelines.records import PruneReport, versions
+from trimfit.pipelines.records import PruneReport
 from trimfit.pipelines.run_directory import RunDirectory
+from trimfit.pipelines.run_start import check_same_model, enter_run, identity, there
 from trimfit.pipelines.shared import SharedLedger
 from trimfit.pipelines.windows import draw_windows
 from trimfit.ranks import ALONE, Ranks
@@ -50,6 +50,7 @@ def prune_checkpoint(
     """
     observer = observer or Silent()
     request = {
+        "command": "prune",
         "source": source,
         "out": str(out.absolute()),
         "config": config.model_dump(),
@@ -60,21 +61,22 @@ def prune_checkpoint(
         "memory_limit": memory_limit,
     }
     with ExitStack() as stack:
-        run = ranks.first_only(lambda: _enter(stack, source, out, overwrite, request))
+        run = ranks.first_only(lambda: enter_run(stack, source, out, overwrite, request))
         observer.stage(f"loading {source}")
         opened = Offloaded.open(source, device, calibration) if offload else InMemory(load_checkpoint(source, device))
         checkpoint = opened.checkpoint
         model, blocks = checkpoint.model, select_layers(checkpoint.model, find_blocks(checkpoint.model), config.ignore)
         model_fingerprint = opened.prepare(blocks)
-        _check_same_model(source, model_fingerprint, ranks)
+        check_same_model(source, model_fingerprint, ranks)
 
         def begin(run: RunDirectory) -> tuple[Tensor, SelfSample | None]:
             check_run_space(out, model, blocks)
-            run.open(_identity(model_fingerprint, config, calibration))
+            parts = {"config": config.model_dump(), "calibration": calibration.model_dump()}
+            run.open(identity("prune", model_fingerprint, **parts))
             return run.windows(lambda: draw_windows(checkpoint, calibration, config.batch_size, observer))
 
-        windows, sample = ranks.first(lambda: begin(_there(run)))
-        ledger = SharedLedger(run, ranks)
+        windows, sample = ranks.first(lambda: begin(there(run)))
+        ledger = SharedLedger(PruneLedger(run) if run else None, ranks)
         placement = opened.placement(memory_limit, run.path if run else None)
         report = PruneRun(model, blocks, windows, config, observer, placement, ranks, ledger).run()
 
@@ -83,37 +85,12 @@ def prune_checkpoint(
                 checkpoint.source, opened.device, model_fingerprint, calibration, windows, sample, report, run.id
             )
             with atomic_directory(out, overwrite, run.result) as directory:
-                opened.save(directory, record, blocks, run)
+                opened.save(directory, record, blocks, PruneLedger(run))
                 record.save_windows(directory)
 
         observer.stage(f"writing {out}")
-        ranks.first(lambda: save(_there(run)))
+        ranks.first(lambda: save(there(run)))
     return report
-
-
-def _enter(stack: ExitStack, source: str, out: Path, overwrite: bool, request: dict[str, Any]) -> RunDirectory:
-    """The run directory, when `out` can be written."""
-    if overwrite:
-        check_source_stays(source, out)
-    check_output(out, overwrite)
-    return stack.enter_context(RunDirectory(out, request))
-
-
-def _there(run: RunDirectory | None) -> RunDirectory:
-    assert run is not None  # in the first process, which alone asks
-    return run
-
-
-def _check_same_model(source: str, fingerprint: str, ranks: Ranks) -> None:
-    if ranks.first(lambda: fingerprint) != fingerprint:
-        raise InputError(f"the weights of {source} are not the same for all processes; copy the model again")
-
-
-def _identity(model_fingerprint: str, config: PruneConfig, calibration: CalibrationConfig) -> dict[str, Any]:
-    """What must be the same for a run to go on, name by name."""
-    parts = {"config": config.model_dump(), "calibration": calibration.model_dump(), "version": versions()}
-    flat = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
-    return {"command": "prune", "model": model_fingerprint, **flat}
 
 
 def save_pruned(checkpoint: Checkpoint, out: Path, record: PruneRecord, *, overwrite: bool) -> None:
@@ -121,10 +98,3 @@ def save_pruned(checkpoint: Checkpoint, out: Path, record: PruneRecord, *, overw
     with atomic_directory(out, overwrite) as directory:
         save_checkpoint(checkpoint, directory, record.sidecar(), sparsity=record.zeros())
         record.save_windows(directory)
-
-
-def check_source_stays(source: str, out: Path) -> None:
-    """`out` replaces all that lies there: never the model itself, or a folder around it."""
-    model = Path(source).expanduser().resolve()
-    if model.is_dir() and model.is_relative_to(out.resolve()):
-        raise InputError(f"writing {out} would destroy the model {source} itself; choose another output")

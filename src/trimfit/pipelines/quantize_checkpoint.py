@@ -23,12 +23,12 @@ from trimfit.errors import InputError
 from trimfit.models import find_blocks, select_layers
 from trimfit.pipelines.checks import check_stream
 from trimfit.pipelines.observer import Observer, Silent
-from trimfit.pipelines.prune_checkpoint import check_source_stays
 from trimfit.pipelines.prune_record import FORMAT
 from trimfit.pipelines.quantize import quantize
 from trimfit.pipelines.quantize_config import QuantizeConfig
 from trimfit.pipelines.quantize_records import QuantizeReport
 from trimfit.pipelines.quantize_stream import quantize_stream
+from trimfit.pipelines.run_start import check_source_stays
 from trimfit.pipelines.windows import SAMPLED, digest, draw_windows
 from trimfit.quant import Quantized
 from trimfit.quant.blocks import BlockTransform

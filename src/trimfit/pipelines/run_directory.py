@@ -10,17 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trimfit.calibration import SelfSample
 from trimfit.checkpoints import is_disk_full, rename_durably, write_durably
 from trimfit.errors import InputError, RunError
-from trimfit.models import Layer
-from trimfit.pipelines.allocate import Allocation
 from trimfit.pipelines.journal import Journal
-from trimfit.pipelines.records import LayerRecord
 from trimfit.pipelines.windows import digest
 
 log = logging.getLogger(__name__)
@@ -37,32 +33,40 @@ def run_path(out: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Layers that are finished: their weights in a file, and the records of how they came about."""
+class Part:
+    """Something that is finished: tensors in a file, and what is recorded of it, as JSON."""
 
     file: Path
-    records: list[LayerRecord]
+    record: Any
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By their names, on the CPU, mapped from the file."""
+        return load_file(self.file)
 
 
 class RunDirectory:
-    """The `Ledger` of a run that writes `out`, as a context manager; one process at a time.
+    """Parts, notes and windows of a run that writes `out`, as a context manager; one process at a time.
 
     - `out`: the directory to write in the end; the run directory is `out` with `.run` behind it.
     - `request`: what was asked for, so that `trimfit resume` can ask again.
 
-    It is removed when the context ends well, and when nothing is finished that another run could use. Otherwise the
-    error gets a note that says where what is finished lies. Raises `InputError` for a directory of something else, and
-    one that another process works in.
+    `parts` are what is finished, by their keys, in the order in which they were kept; `notes` what was noted, by name;
+    `seconds` those that earlier runs have spent on the parts. What is in them is for those who keep it to know.
+
+    The directory is removed when the context ends well, and when nothing is finished that another run could use.
+    Otherwise the error gets a note that says where what is finished lies. Raises `InputError` for a directory of
+    something else, and one that another process works in.
     """
 
     def __init__(self, out: Path, request: Mapping[str, Any]):
         self.path = run_path(out)
         self.id = uuid.uuid4().hex
         self.seconds = 0.0
-        self.allocation: Allocation | None = None
+        self.parts: dict[tuple[str, ...], Part] = {}
+        self.notes: dict[str, Any] = {}
         self._out, self._request = out, request
         self._journal = Journal(self.path / _JOURNAL)
-        self._parts: dict[tuple[str, ...], _Part] = {}
+        self._costly = False  # whether a note is
         self._windows: dict[str, Any] | None = None
         self._is_new = not self.path.exists()
         self._opened = False
@@ -94,8 +98,7 @@ class RunDirectory:
     def _is_useful(self) -> bool:
         """Whether anything is kept that took its time."""
         sampled = self._windows is not None and self._windows["sample"] is not None
-        measured = self.allocation is not None and self.allocation.method != "uniform"
-        return sampled or measured or bool(self._parts)
+        return sampled or self._costly or bool(self.parts)
 
     def open(self, identity: Mapping[str, Any]) -> None:
         """Reads what is finished. What is damaged is dropped with all that came after it, and the log says so.
@@ -108,7 +111,7 @@ class RunDirectory:
         for number, record in enumerate(records):
             try:
                 whole = self._take(record)
-            except (KeyError, TypeError, ValidationError) as error:
+            except (KeyError, TypeError) as error:
                 raise InputError(
                     f"{self._journal.path} is of another trimfit; remove {self.path} to begin again"
                 ) from error
@@ -140,41 +143,23 @@ class RunDirectory:
             )
         return windows, sample
 
-    def keep_allocation(self, allocation: Allocation) -> None:
-        """Keeps how the sparsity is split."""
-        self._journal.append({"allocation": allocation.model_dump()})
-        self.allocation = allocation
+    def note(self, name: str, value: Any, *, costly: bool) -> None:
+        """Keeps something small, JSON; `costly` if it took so long that the run directory should stay for it."""
+        record = {"note": name, "value": value, "costly": costly}
+        self._journal.append(record)
+        self._take(record)
 
-    def restore(self, layers: Sequence[Layer], block: Sequence[Layer]) -> list[LayerRecord] | None:
-        """Writes the weights of layers that were finished before, and gives their records; None if they were not.
+    def keep(self, key: Sequence[str], tensors: Mapping[str, Tensor], record: Any, seconds: float) -> None:
+        """Writes the tensors of a part, waits until they are on the disk, and only then says so.
 
-        `block` are all layers of their block: those that were reordered with them are restored too.
+        `record`: JSON. `seconds`: that have passed since the run began, earlier ones included.
         """
-        part = self._parts.get(tuple(layer.name for layer in layers))
-        if part is None:
-            return None
-        _restore(part, block)
-        return part.records
-
-    def restore_all(self, block: Sequence[Layer]) -> None:
-        """Writes the weights of a block that is finished, all its layers."""
-        names = {layer.name for layer in block}
-        for key, part in self._parts.items():  # a later one may hold layers of an earlier one again, reordered
-            if names.intersection(key):
-                _restore(part, block)
-
-    def keep(
-        self, layers: Sequence[Layer], reordered: Sequence[Layer], records: Sequence[LayerRecord], seconds: float
-    ) -> None:
-        """Writes the weights of finished layers, waits until they are on the disk, and only then says so."""
-        tensors = {f"{layer.name}.weight": layer.weight for layer in (*layers, *reordered)}
-        tensors |= {f"{layer.name}.bias": layer.bias for layer in reordered if layer.bias is not None}
         written = self._write(
-            f"part-{len(self._parts):05d}.safetensors",
+            f"part-{len(self.parts):05d}.safetensors",
             {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
         )
-        self._journal.append({"part": [r.model_dump() for r in records], "seconds": seconds, **written})
-        self._parts[tuple(layer.name for layer in layers)] = _Part(self.path / written["file"], list(records))
+        self._journal.append({"part": list(key), "record": record, "seconds": seconds, **written})
+        self.parts[tuple(key)] = Part(self.path / written["file"], record)
 
     def _take(self, record: dict[str, Any]) -> bool:
         """Whether a record stands for something that is there."""
@@ -184,11 +169,11 @@ class RunDirectory:
             self.id = record["run"]
         elif "tokens" in record:
             self._windows = record
-        elif "allocation" in record:
-            self.allocation = Allocation.model_validate(record["allocation"])
+        elif "note" in record:
+            self.notes[record["note"]] = record["value"]
+            self._costly = self._costly or record["costly"]
         else:
-            layers = [LayerRecord.model_validate(layer) for layer in record["part"]]
-            self._parts[tuple(layer.name for layer in layers)] = _Part(self.path / record["file"], layers)
+            self.parts[tuple(record["part"])] = Part(self.path / record["file"], record["record"])
             self.seconds = record["seconds"]
         return True
 
@@ -204,16 +189,6 @@ class RunDirectory:
                 raise RunError(f"the disk of {self.path} is full; free space there") from error
             raise
         return written
-
-
-def _restore(part: _Part, block: Sequence[Layer]) -> None:
-    """Writes the weights and biases of a part into the layers of a block."""
-    tensors = load_file(part.file)
-    for layer in block:
-        if (weight := tensors.get(f"{layer.name}.weight")) is not None:
-            layer.write(weight)
-        if layer.bias is not None and (bias := tensors.get(f"{layer.name}.bias")) is not None:
-            layer.bias.copy_(bias)
 
 
 def _is_run(path: Path) -> bool:

@@ -12,7 +12,9 @@ import torch
 from families import FAMILIES, LENGTH, windows
 from transformers import PreTrainedTokenizerFast
 
-from trimfit import CalibrationConfig, InputError, PruneConfig, PruneReport, prune_checkpoint
+from trimfit import CalibrationConfig, InputError, PruneConfig, PruneReport, RunError, prune_checkpoint
+from trimfit.checkpoints.patch import PatchedShards
+from trimfit.checkpoints.shards import read_spans
 from trimfit.pipelines import resume
 from trimfit.pipelines.records import LayerRecord
 from trimfit.pipelines.run_directory import RunDirectory
@@ -93,11 +95,77 @@ def test_the_same_call_goes_on(source: Path, run: Path, offload: bool, monkeypat
     monkeypatch.setattr(MODULE, "prune_layer", counted(made))
     with pytest.raises(_Killed):
         start(source, offload=offload, after=LAYERS - 1)
+    if offload:  # the first block is in the result now
+        before = {
+            name: time for name, time in before.items() if name not in {f"part-0000{i}.safetensors" for i in range(4)}
+        }
+        assert any((run / "result").glob("*.safetensors"))
     assert {path.name: path.stat().st_mtime_ns for path in run.glob("part-*") if path.name in before} == before
     start(source, offload=offload)
     assert sorted(name for name in made if name.startswith("model.layers.0")) == []
     assert len(made) == 7 - 4 + 1  # down twice: it was killed before it was kept
     assert_as_if_nothing_had_happened(source)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_run_that_was_offloaded_goes_on_in_memory(
+    source: Path, damaged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And does a block again that is damaged in the result."""
+    with pytest.raises(_Killed):
+        start(source, offload=True, after=LAYERS - 3)
+    assert not any((source.parent / "out.run").glob("part-0000[0-3]*"))
+    if damaged:
+        flip_in_result(source, "model.layers.0.self_attn.v_proj.weight")
+    made: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(MODULE, "prune_layer", counted(made))
+        start(source)
+    assert len([name for name in made if ".0." in name]) == (7 if damaged else 0)
+    assert_as_if_nothing_had_happened(source)
+
+
+def flip_in_result(source: Path, name: str) -> None:
+    """Flips a bit of a tensor in the files of the result."""
+    index = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+    file = source.parent / "out.run" / "result" / index[name]
+    data = bytearray(file.read_bytes())
+    data[read_spans(file)[name][0] + 5] ^= 16
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+def test_what_changed_in_the_result_is_never_used(source: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Pruned or not: it is seen before the result is given its name, and the next run mends it."""
+    finish = PatchedShards.finish
+
+    def damaged(*arguments: Any) -> None:
+        flip_in_result(source, name)
+        finish(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PatchedShards, "finish", damaged)
+        with pytest.raises(RunError, match=rf"{name} in .* has changed since it was written; run again to go on"):
+            start(source, offload=True)
+    assert not (source.parent / "out").exists()
+    start(source, offload=True)
+    assert_as_if_nothing_had_happened(source)
+
+
+def test_a_block_takes_no_disk_twice(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of finished blocks are in the files of the result alone."""
+    most = 0
+    move = RunDirectory.move
+
+    def measured(run: RunDirectory, *arguments: Any) -> None:
+        nonlocal most
+        most = max(most, len(list(run.path.glob("part-*"))))
+        move(run, *arguments)
+        assert not list(run.path.glob("part-*"))
+
+    monkeypatch.setattr(RunDirectory, "move", measured)
+    start(source, offload=True)
+    assert most == GROUPS // 2
 
 
 def counted(made: list[str]) -> Any:

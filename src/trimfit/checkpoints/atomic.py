@@ -34,19 +34,21 @@ def check_output(out: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def atomic_directory(out: Path, overwrite: bool, beside: Path | None = None) -> Generator[Path]:
+def atomic_directory(out: Path, overwrite: bool, beside: Path | None = None, *, begun: bool = False) -> Generator[Path]:
     """Gives an empty sibling of `out` to write to, and renames it to `out` when the context ends well.
 
     `beside` is what to call it, on the same disk; what is there is removed. On any error, an interrupt included, the
-    sibling is removed and `out` is as it was. A full disk is a `RunError`.
+    sibling is removed and `out` is as it was. With `begun` it is neither emptied nor removed: others work in it too. A
+    full disk is a `RunError`.
     """
     check_output(out, overwrite)
     if beside is None:
         beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.absolute().parent))
         beside.chmod(0o777 & ~_umask())
     else:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
+        if not begun:
+            shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(exist_ok=begun)
     try:
         yield beside
         _replace(beside, out)
@@ -57,7 +59,8 @@ def atomic_directory(out: Path, overwrite: bool, beside: Path | None = None) -> 
             ) from error
         raise
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        if not begun:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def is_disk_full(error: BaseException) -> bool:

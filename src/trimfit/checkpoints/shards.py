@@ -1,5 +1,6 @@
 """How the weights of a checkpoint are split in files."""
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
+from trimfit.checkpoints.tensor_bytes import tensor_bytes
 from trimfit.errors import InputError
 
 INDEX = "model.safetensors.index.json"
@@ -90,6 +92,11 @@ def read_spans(file: Path) -> dict[str, tuple[int, int]]:
     return {
         name: (start + entry["data_offsets"][0], start + entry["data_offsets"][1]) for name, entry in header.items()
     }
+
+
+def tensor_checksum(file: Path, name: str) -> str:
+    """SHA-256 of the bytes of a tensor in a safetensors file."""
+    return hashlib.sha256(tensor_bytes(read_tensor(file, name))).hexdigest()
 
 
 def read_ahead(file: Path, spans: Iterable[tuple[int, int]]) -> None:

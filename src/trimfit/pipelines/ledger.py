@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from trimfit.models import Layer
+from trimfit.models import Block, Layer
 from trimfit.pipelines.allocate import Allocation
 from trimfit.pipelines.records import LayerRecord
 
@@ -25,10 +25,10 @@ class Ledger(Protocol):
         """Keeps how the sparsity is split."""
         ...
 
-    def restore(self, layers: Sequence[Layer], block: Sequence[Layer]) -> list[LayerRecord] | None:
-        """Writes the weights of layers that were finished before, and gives their records; None if they were not.
+    def restore(self, layers: Sequence[Layer], block: Block) -> list[LayerRecord] | None:
+        """Writes the weights of layers of a block that were finished before, and gives their records; None if not.
 
-        `block` are all layers of their block: those that were reordered with them are restored too.
+        Others of the block may be restored with them.
         """
         ...
 
@@ -41,6 +41,10 @@ class Ledger(Protocol):
         """
         ...
 
+    def finish(self, block: Block) -> None:
+        """Takes note that all layers of a block are finished, while its weights are there."""
+        ...
+
 
 class Blank:
     """Keeps nothing."""
@@ -51,10 +55,13 @@ class Blank:
     def keep_allocation(self, allocation: Allocation) -> None:
         """Ignored."""
 
-    def restore(self, layers: Sequence[Layer], block: Sequence[Layer]) -> None:
+    def restore(self, layers: Sequence[Layer], block: Block) -> None:
         """There is nothing."""
 
     def keep(
         self, layers: Sequence[Layer], reordered: Sequence[Layer], records: Sequence[LayerRecord], seconds: float
     ) -> None:
+        """Ignored."""
+
+    def finish(self, block: Block) -> None:
         """Ignored."""

@@ -1,19 +1,17 @@
 """A checkpoint that is open to be pruned: in memory, or one block after the other from its files."""
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from trimfit.calibration import CalibrationConfig
 from trimfit.calibration.config import SELF
-from trimfit.checkpoints import Checkpoint, check_space, fingerprint, save_checkpoint
-from trimfit.checkpoints.patch import check_patchable, save_patched
+from trimfit.checkpoints import Checkpoint, atomic_directory, check_space, fingerprint, save_checkpoint
+from trimfit.checkpoints.patch import PatchedShards, check_patchable
 from trimfit.checkpoints.stream import Stream, find_stream
 from trimfit.errors import InputError
 from trimfit.heap import trim_heap
@@ -21,6 +19,7 @@ from trimfit.models import Block, Placement
 from trimfit.pipelines.checks import check_finite, check_stream
 from trimfit.pipelines.prune_ledger import PruneLedger
 from trimfit.pipelines.prune_record import PruneRecord
+from trimfit.pipelines.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,23 @@ class InMemory:
         """Hidden states are where the model is, or in files where they are too many."""
         return Placement(limit=limit, folder=folder)
 
-    def save(self, directory: Path, record: PruneRecord, blocks: Sequence[Block], kept: PruneLedger) -> None:
+    def ledger(self, run: RunDirectory) -> PruneLedger:
+        """Keeps what is finished until the model is written, and reads what an offloaded run has left."""
+        stream = find_stream(self.checkpoint.source, self.device) if run.in_result else None
+        shards = PatchedShards(stream, run.result) if isinstance(stream, Stream) else None
+        return PruneLedger(run, shards, grows=False)
+
+    def disk(self, blocks: Sequence[Block]) -> int:
+        """Bytes that a run writes: the model and, until it is finished, the pruned layers."""
+        layers = [layer.weight for block in blocks for layer in block.layers]
+        return sum(tensor.nbytes for tensor in (*self.checkpoint.model.parameters(), *layers))
+
+    def save(self, out: Path, overwrite: bool, record: PruneRecord, run: RunDirectory) -> None:
         """Writes the model as it is now."""
-        save_checkpoint(self.checkpoint, directory, record.sidecar(), sparsity=record.zeros())
+        beside = run.path / "whole" if run.in_result else run.result  # what is in the result stays until then
+        with atomic_directory(out, overwrite, beside) as directory:
+            save_checkpoint(self.checkpoint, directory, record.sidecar(), sparsity=record.zeros())
+            record.save_windows(directory)
 
 
 @dataclass(frozen=True)
@@ -92,18 +105,20 @@ class Offloaded:
             yield
         trim_heap()
 
-    def save(self, directory: Path, record: PruneRecord, blocks: Sequence[Block], kept: PruneLedger) -> None:
-        """Writes the source's files with the pruned weights in them."""
-        whole = {name: share for name, share in record.zeros().items() if name in self.stream.places}
-        save_patched(self.stream, directory, record.sidecar(), self._pruned(blocks, kept), sparsity=whole)
+    def ledger(self, run: RunDirectory) -> PruneLedger:
+        """Keeps what is finished, and puts each finished block into the files of the result."""
+        return PruneLedger(run, PatchedShards(self.stream, run.result), grows=True)
 
-    def _pruned(self, blocks: Sequence[Block], kept: PruneLedger) -> Iterator[dict[str, Tensor]]:
-        model = self.checkpoint.model
-        for block in blocks:
-            with self._loaded(block):
-                kept.restore_all(block.layers)
-                names = dict.fromkeys(name for layer in block.layers for name in layer.parameters)
-                yield {name: model.get_parameter(name).detach() for name in names}
+    def disk(self, blocks: Sequence[Block]) -> int:
+        """Bytes that a run writes: the model and, until it is finished, one block."""
+        largest = max((sum(layer.weight.nbytes for layer in block.layers) for block in blocks), default=0)
+        return largest + sum(parameter.nbytes for parameter in self.checkpoint.model.parameters())
+
+    def save(self, out: Path, overwrite: bool, record: PruneRecord, run: RunDirectory) -> None:
+        """Completes the files of the result."""
+        with atomic_directory(out, overwrite, run.result, begun=True) as directory:
+            PatchedShards(self.stream, directory).finish(record.sidecar(), run.in_result)
+            record.save_windows(directory)
 
 
 def check_text(calibration: CalibrationConfig) -> None:
@@ -115,8 +130,7 @@ def check_text(calibration: CalibrationConfig) -> None:
         )
 
 
-def check_run_space(out: Path, model: PreTrainedModel, blocks: Sequence[Block]) -> None:
-    """Raises `RunError` when the disk cannot hold the model and, until it is finished, the pruned layers."""
-    layers = [layer.weight for block in blocks for layer in block.layers]
-    needed = sum(tensor.nbytes for tensor in (*model.parameters(), *layers))
-    check_space(out.absolute().parent, needed)
+def check_run_space(out: Path, needed: int, run: RunDirectory) -> None:
+    """Raises `RunError` when the disk has no room for so many bytes, less those that an earlier run has written."""
+    written = sum(file.stat().st_size for file in run.path.rglob("*") if file.is_file())
+    check_space(out.absolute().parent, needed - written)

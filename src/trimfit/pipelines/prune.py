@@ -160,7 +160,7 @@ class PruneRun:
             orders = find_free_orders(self.model, block) if self.config.reorders else {}
             for groups in self._together(walker.groups(block)):
                 layers = [layer for group in groups for layer in group.layers]
-                records = self.ledger.restore(layers, block.layers)
+                records = self.ledger.restore(layers, block)
                 finished = iter(records or _prune_groups(walker, block, groups, orders, self.config, allocation))
                 kept: list[LayerRecord] = []
                 for record in finished:
@@ -171,6 +171,7 @@ class PruneRun:
                     reordered = [one for layer in layers if layer.name in orders for one in orders[layer.name].layers]
                     self.ledger.keep(layers, reordered, kept, time.perf_counter() - start)
                 yield from kept
+            self.ledger.finish(block)
 
     def _together(self, groups: Sequence[Group]) -> list[Sequence[Group]]:
         """The groups of a block in the parts whose inputs are captured together."""

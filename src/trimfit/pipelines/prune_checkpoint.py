@@ -13,7 +13,6 @@ from trimfit.pipelines.config import PruneConfig
 from trimfit.pipelines.observer import Observer, Silent
 from trimfit.pipelines.opened import InMemory, Offloaded, check_run_space
 from trimfit.pipelines.prune import PruneRun
-from trimfit.pipelines.prune_ledger import PruneLedger
 from trimfit.pipelines.prune_record import PruneRecord
 from trimfit.pipelines.records import PruneReport
 from trimfit.pipelines.run_directory import RunDirectory
@@ -70,13 +69,13 @@ def prune_checkpoint(
         check_same_model(source, model_fingerprint, ranks)
 
         def begin(run: RunDirectory) -> tuple[Tensor, SelfSample | None]:
-            check_run_space(out, model, blocks)
+            check_run_space(out, opened.disk(blocks), run)
             parts = {"config": config.model_dump(), "calibration": calibration.model_dump()}
             run.open(identity("prune", model_fingerprint, **parts))
             return run.windows(lambda: draw_windows(checkpoint, calibration, config.batch_size, observer))
 
         windows, sample = ranks.first(lambda: begin(there(run)))
-        ledger = SharedLedger(PruneLedger(run) if run else None, ranks)
+        ledger = SharedLedger(opened.ledger(run) if run else None, ranks)
         placement = opened.placement(memory_limit, run.path if run else None)
         report = PruneRun(model, blocks, windows, config, observer, placement, ranks, ledger).run()
 
@@ -84,9 +83,7 @@ def prune_checkpoint(
             record = PruneRecord(
                 checkpoint.source, opened.device, model_fingerprint, calibration, windows, sample, report, run.id
             )
-            with atomic_directory(out, overwrite, run.result) as directory:
-                opened.save(directory, record, blocks, PruneLedger(run))
-                record.save_windows(directory)
+            opened.save(out, overwrite, record, run)
 
         observer.stage(f"writing {out}")
         ranks.first(lambda: save(there(run)))

@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 
-from trimfit.models import Layer
+from torch import nn
+
+from trimfit.checkpoints.patch import PatchedShards
+from trimfit.models import Block, Layer
 from trimfit.pipelines.allocate import Allocation
 from trimfit.pipelines.records import LayerRecord
 from trimfit.pipelines.run_directory import Part, RunDirectory
@@ -11,10 +14,14 @@ _ALLOCATION = "allocation"
 
 
 class PruneLedger:
-    """A `Ledger` in an open `RunDirectory`."""
+    """A `Ledger` in an open `RunDirectory`.
 
-    def __init__(self, run: RunDirectory):
-        self._run = run
+    - `shards`: the files of the result; None when nothing is in them.
+    - `grows`: each block that is finished goes into them. Otherwise the whole model is written at the end.
+    """
+
+    def __init__(self, run: RunDirectory, shards: PatchedShards | None, *, grows: bool):
+        self._run, self._shards, self._grows = run, shards, grows
 
     @property
     def seconds(self) -> float:
@@ -31,23 +38,19 @@ class PruneLedger:
         """Keeps how the sparsity is split."""
         self._run.note(_ALLOCATION, allocation.model_dump(), costly=allocation.method != "uniform")
 
-    def restore(self, layers: Sequence[Layer], block: Sequence[Layer]) -> list[LayerRecord] | None:
-        """Writes the weights of layers that were finished before, and gives their records; None if they were not.
+    def restore(self, layers: Sequence[Layer], block: Block) -> list[LayerRecord] | None:
+        """Writes the weights of layers of a block that were finished before, and gives their records; None if not.
 
-        `block` are all layers of their block: those that were reordered with them are restored too.
+        Those that were reordered with them are restored too; of a block that is in the result, all are.
         """
         part = self._run.parts.get(_key(layers))
         if part is None:
             return None
-        _restore(part, block)
+        if part.file is None:
+            self._read_back(block)
+        else:
+            _restore(part, block.layers)
         return [LayerRecord.model_validate(record) for record in part.record]
-
-    def restore_all(self, block: Sequence[Layer]) -> None:
-        """Writes the weights of a block that is finished, all its layers."""
-        names = {layer.name for layer in block}
-        for key, part in self._run.parts.items():  # a later one may hold layers of an earlier one again, reordered
-            if names.intersection(key):
-                _restore(part, block)
 
     def keep(
         self, layers: Sequence[Layer], reordered: Sequence[Layer], records: Sequence[LayerRecord], seconds: float
@@ -56,6 +59,27 @@ class PruneLedger:
         tensors = {f"{layer.name}.weight": layer.weight for layer in (*layers, *reordered)}
         tensors |= {f"{layer.name}.bias": layer.bias for layer in reordered if layer.bias is not None}
         self._run.keep(_key(layers), tensors, [record.model_dump() for record in records], seconds)
+
+    def finish(self, block: Block) -> None:
+        """Puts a block into a result that grows, and removes what was kept of it so far."""
+        names = {layer.name for layer in block.layers}
+        parts = {key: part for key, part in self._run.parts.items() if part.file and names.intersection(key)}
+        if self._shards is None or not self._grows or not parts:
+            return
+        zeros = {f"{record['name']}.weight": record["sparsity"] for part in parts.values() for record in part.record}
+        weights = {name: parameter.detach().cpu() for name, parameter in _parameters(block).items()}
+        self._run.move(parts, self._shards.write(weights, zeros))
+
+    def _read_back(self, block: Block) -> None:
+        assert self._shards is not None
+        for name, parameter in _parameters(block).items():
+            parameter.detach().copy_(self._shards.read(name))
+
+
+def _parameters(block: Block) -> dict[str, nn.Parameter]:
+    """Those of the layers of a block, by their names in the model."""
+    names = dict.fromkeys(name for layer in block.layers for name in layer.parameters)
+    return {name: block.module.get_parameter(name.removeprefix(f"{block.name}.")) for name in names}
 
 
 def _key(layers: Sequence[Layer]) -> tuple[str, ...]:

@@ -5,16 +5,19 @@ import json
 import logging
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trimfit.calibration import SelfSample
 from trimfit.checkpoints import is_disk_full, rename_durably, write_durably
+from trimfit.checkpoints.patch import Checksums
+from trimfit.checkpoints.shards import tensor_checksum
 from trimfit.errors import InputError, RunError
 from trimfit.pipelines.journal import Journal
 from trimfit.pipelines.windows import digest
@@ -34,13 +37,17 @@ def run_path(out: Path) -> Path:
 
 @dataclass(frozen=True)
 class Part:
-    """Something that is finished: tensors in a file, and what is recorded of it, as JSON."""
+    """Something that is finished: tensors in a file, and what is recorded of it, as JSON.
 
-    file: Path
+    `file` is None when the tensors were put into the result.
+    """
+
+    file: Path | None
     record: Any
 
     def tensors(self) -> dict[str, Tensor]:
         """By their names, on the CPU, mapped from the file."""
+        assert self.file is not None
         return load_file(self.file)
 
 
@@ -51,7 +58,8 @@ class RunDirectory:
     - `request`: what was asked for, so that `trimfit resume` can ask again.
 
     `parts` are what is finished, by their keys, in the order in which they were kept; `notes` what was noted, by name;
-    `seconds` those that earlier runs have spent on the parts. What is in them is for those who keep it to know.
+    `in_result` the checksums of tensors in files of the result; `seconds` those that earlier runs have spent on the
+    parts. What is in them is for those who keep it to know.
 
     The directory is removed when the context ends well, and when nothing is finished that another run could use.
     Otherwise the error gets a note that says where what is finished lies. Raises `InputError` for a directory of
@@ -64,6 +72,7 @@ class RunDirectory:
         self.seconds = 0.0
         self.parts: dict[tuple[str, ...], Part] = {}
         self.notes: dict[str, Any] = {}
+        self.in_result: dict[str, dict[str, str]] = {}
         self._out, self._request = out, request
         self._journal = Journal(self.path / _JOURNAL)
         self._costly = False  # whether a note is
@@ -108,15 +117,17 @@ class RunDirectory:
         records = self._journal.open(identity)
         if not records:
             self._journal.append({"run": self.id})
+        moved = {tuple(key): record for record in records if "moved" in record for key in record["moved"]}
         for number, record in enumerate(records):
             try:
-                whole = self._take(record)
+                whole = self._take(record, moved)
             except (KeyError, TypeError) as error:
                 raise InputError(
                     f"{self._journal.path} is of another trimfit; remove {self.path} to begin again"
                 ) from error
             if not whole:
-                log.warning("%s is damaged: it is done again, and what came after it", self.path / record["file"])
+                damaged = record["file"] if record.get("file") else self.result.name
+                log.warning("%s is damaged: it is done again, and what came after it", self.path / damaged)
                 self._journal.forget(number)
                 break
         request = {"run": self.id, **self._request}
@@ -147,7 +158,7 @@ class RunDirectory:
         """Keeps something small, JSON; `costly` if it took so long that the run directory should stay for it."""
         record = {"note": name, "value": value, "costly": costly}
         self._journal.append(record)
-        self._take(record)
+        self._take(record, {})
 
     def keep(self, key: Sequence[str], tensors: Mapping[str, Tensor], record: Any, seconds: float) -> None:
         """Writes the tensors of a part, waits until they are on the disk, and only then says so.
@@ -161,9 +172,28 @@ class RunDirectory:
         self._journal.append({"part": list(key), "record": record, "seconds": seconds, **written})
         self.parts[tuple(key)] = Part(self.path / written["file"], record)
 
-    def _take(self, record: dict[str, Any]) -> bool:
-        """Whether a record stands for something that is there."""
-        if "file" in record and not _is_whole(self.path / record["file"], record["sha256"]):
+    def move(self, keys: Iterable[tuple[str, ...]], checksums: Checksums) -> None:
+        """Says that tensors of parts are in files of the result, on the disk, and removes the files of the parts.
+
+        `checksums` are those of what was written for them. Parts are moved once.
+        """
+        keys = list(keys)
+        record = {"moved": keys, "checksums": checksums}
+        self._journal.append(record)
+        for key in keys:
+            file = self.parts[key].file
+            self.parts[key] = Part(None, self.parts[key].record)
+            if file is not None:
+                file.unlink()
+        self._take(record, {})
+
+    def _take(self, record: dict[str, Any], moved: Mapping[tuple[str, ...], dict[str, Any]]) -> bool:
+        """Whether a record stands for something that is there. `moved`: records that tell where parts have gone."""
+        if "part" in record and (gone := moved.get(tuple(record["part"]))):
+            record = record | {"file": None}
+            if not self._is_in_result(gone):
+                return False
+        elif "file" in record and not _is_whole(self.path / record["file"], record["sha256"]):
             return False
         if "run" in record:
             self.id = record["run"]
@@ -172,10 +202,20 @@ class RunDirectory:
         elif "note" in record:
             self.notes[record["note"]] = record["value"]
             self._costly = self._costly or record["costly"]
+        elif "moved" in record:
+            for file, tensors in record["checksums"].items():
+                self.in_result.setdefault(file, {}).update(tensors)
         else:
-            self.parts[tuple(record["part"])] = Part(self.path / record["file"], record["record"])
+            file = record["file"]
+            self.parts[tuple(record["part"])] = Part(file and self.path / file, record["record"])
             self.seconds = record["seconds"]
         return True
+
+    def _is_in_result(self, record: dict[str, Any]) -> bool:
+        """Whether what a record says was moved there is whole; looked at once."""
+        if "whole" not in record:
+            record["whole"] = all(_holds(self.result / file, tensors) for file, tensors in record["checksums"].items())
+        return record["whole"]
 
     def _write(self, name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
         """Name and checksum of a file, once it is on the disk."""
@@ -206,6 +246,14 @@ def _remove(path: Path) -> None:
         elif inner.name not in _MARKS:
             inner.unlink()
     shutil.rmtree(path, ignore_errors=True)
+
+
+def _holds(file: Path, tensors: Mapping[str, str]) -> bool:
+    """Whether a safetensors file holds tensors with these checksums."""
+    try:
+        return file.is_file() and all(tensor_checksum(file, name) == known for name, known in tensors.items())
+    except (SafetensorError, OSError):
+        return False
 
 
 def _is_whole(file: Path, checksum: str) -> bool:

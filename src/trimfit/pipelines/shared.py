@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from trimfit.models import Layer
+from trimfit.models import Block, Layer
 from trimfit.pipelines.allocate import Allocation
 from trimfit.pipelines.ledger import Ledger
 from trimfit.pipelines.records import LayerRecord
@@ -67,11 +67,11 @@ class SharedLedger:
         """The first process keeps it."""
         self._ranks.first(lambda: self._first.keep_allocation(allocation))
 
-    def restore(self, layers: Sequence[Layer], block: Sequence[Layer]) -> list[LayerRecord] | None:
+    def restore(self, layers: Sequence[Layer], block: Block) -> list[LayerRecord] | None:
         """What the first process restores, all have."""
         records = self._ranks.first(lambda: self._first.restore(layers, block))
         if records is not None:
-            for layer in block:
+            for layer in block.layers:
                 layer.write(self._ranks.same(layer.weight.clone()))
                 if layer.bias is not None:
                     layer.bias.copy_(self._ranks.same(layer.bias.clone()))
@@ -82,3 +82,7 @@ class SharedLedger:
     ) -> None:
         """The first process keeps them."""
         self._ranks.first(lambda: self._first.keep(layers, reordered, records, seconds))
+
+    def finish(self, block: Block) -> None:
+        """The first process takes note."""
+        self._ranks.first(lambda: self._first.finish(block))

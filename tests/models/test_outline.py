@@ -1,14 +1,15 @@
 """What a model will be asked to compute, from its config, beside what it does when it runs."""
 
+import pytest
 import torch
-from families import EVERYTHING, FAMILIES, LENGTH, Family, for_each, windows
+from families import EVERYTHING, EXPERT_FAMILIES, EXPERTS, FAMILIES, LENGTH, Family, for_each, windows
 from transformers import AutoConfig
 
 from trimfit.models import Walker, find_blocks
 from trimfit.models.outline import outline
 
 
-@for_each(EVERYTHING)
+@for_each(EVERYTHING | EXPERT_FAMILIES)
 def test_groups_and_weights_are_those_of_the_model(family: Family):
     model = family.build()
     blocks = find_blocks(model)
@@ -20,10 +21,29 @@ def test_groups_and_weights_are_those_of_the_model(family: Family):
     ]
     found = outline(model.config, torch.float32, LENGTH)
     if model.config.model_type not in ("opt", "biogpt"):  # which look at values: each layer counts alone there
-        assert [[(group.rows, group.inputs) for group in block.groups] for block in found.blocks] == expected
+        groups = [[(group.rows, group.inputs) for group in block.groups] for block in found.blocks]
+        if family.name in EXPERT_FAMILIES:  # told after all others
+            groups, expected = ([sorted(block) for block in model] for model in (groups, expected))
+        assert groups == expected
     assert found.weights == sum(layer.weight.numel() for block in blocks for layer in block.layers)
     assert found.bytes == sum(p.nbytes for p in model.parameters())
     assert found.hidden == model.get_input_embeddings().get_parameter("weight").shape[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@for_each(EXPERT_FAMILIES)
+def test_experts_share_the_tokens(family: Family, dtype: torch.dtype):
+    found = outline(family.build().config, dtype, LENGTH)
+    experts = [group for group in found.blocks[-1].groups if group.share < 1]
+    assert len(experts) == 2 * EXPERTS
+    assert sum(group.share for group in experts) == pytest.approx(2 * 2)  # two layers, two experts for each token
+    first, second = experts[:EXPERTS], experts[EXPERTS:]
+    for run in (first, second):
+        assert [group.together for group in run] == [EXPERTS] + [1] * (EXPERTS - 1)
+        assert run[0].flops_before > 0 and not any(group.flops_before for group in run[1:])
+    work = 2 * 2 * LENGTH * first[0].rows[0] * first[0].inputs
+    assert work <= second[0].flops_before - first[0].flops_before < 1.1 * work
+    assert not any(group.adds for group in experts)
 
 
 def test_flops_by_hand():

@@ -1,10 +1,13 @@
 """What `allocate` measures, against plain forward passes of tiny models."""
 
+import importlib
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
-from families import ALL_FAMILIES, FAMILIES, LENGTH, Family, for_each, matrix, plain_grams, windows
+from families import ALL_FAMILIES, EXPERT_FAMILIES, FAMILIES, LENGTH, Family, for_each, matrix, plain_grams, windows
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -13,6 +16,7 @@ from trimfit.models import Block, Walker, find_blocks, select_layers
 from trimfit.pipelines.allocate import Allocation, AllocationName, allocate
 from trimfit.pipelines.sensitivity import TOKENS as LOOKED_AT
 from trimfit.pipelines.sensitivity import Probe, looked_at
+from trimfit.refit import FactoredGram
 
 TOKENS = windows(4)
 
@@ -80,6 +84,23 @@ def test_blocks_with_more_outliers_lose_less():
     assert first.outliers is not None and second.outliers is not None
     assert (first.sparsity < second.sparsity) == (first.outliers > second.outliers)
     assert abs(first.sparsity - second.sparsity) == pytest.approx(0.16, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_one_factorised_matrix_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch, name: str):
+    """However many experts there are."""
+    module = importlib.import_module("trimfit.pipelines.allocate")
+    made: list[weakref.ref[FactoredGram]] = []
+
+    def watched(*arguments: Any) -> FactoredGram:
+        assert not any(one() for one in made)
+        gram = FactoredGram(*arguments)
+        made.append(weakref.ref(gram))
+        return gram
+
+    monkeypatch.setattr(module, "FactoredGram", watched)
+    run((FAMILIES | EXPERT_FAMILIES)[name], "error")
+    assert len(made) == 2 * {"llama": 4, "mixtral": 2 + 4 + 4}[name]
 
 
 def test_ignored_layers_have_no_budget():

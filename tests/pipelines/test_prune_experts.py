@@ -1,7 +1,6 @@
 """Mixtures of experts: each expert is pruned on the tokens routed to it, and the record says when they are few."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,7 +167,7 @@ def test_experts_are_captured_together_and_alike(capture: str):
     whole, narrow = EXPERT_FAMILIES["qwen3_moe"].build(), EXPERT_FAMILIES["qwen3_moe"].build()
     prune(whole, windows(4), config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(groups, "_AT_ONCE", 1)
+        patch.setattr(groups, "AT_ONCE", 1)
         prune(narrow, windows(4), config)
     assert not changed(whole, narrow)
 
@@ -221,18 +220,20 @@ def frozen_walker(model: PreTrainedModel) -> Walker:
 
 def test_allocation_counts_an_expert_by_the_tokens_it_gets():
     walker = frozen_walker(starved())
+    shares: dict[str, float] = {}
     for block in walker:
-        inputs = allocate._inputs(walker, block, 0.01)
-        shares = {name: seen.share for name, seen in inputs.items()}
-        assert all((share == 1.0) == (".experts." not in name) for name, share in shares.items())
-        assert sum(share for name, share in shares.items() if name.endswith(".down_proj")) == pytest.approx(2.0)
-        assert shares[f"{block.name}.mlp.experts.3.down_proj"] == 0.0
-    name = block.layers[0].name
-    probe: Any = SimpleNamespace(disturb=lambda block: None, sensitivities=lambda: {name: 3.0})
-    alone, gram = replace(block, layers=block.layers[:1]), inputs[name].gram
-    whole, quarter = (allocate._costs([(alone, {name: allocate._Inputs(gram, s)})], probe) for s in (1.0, 0.25))
-    torch.testing.assert_close(quarter[name], whole[name] / 4)
-    assert whole[name][50] > 0
+        for group, moments in allocate._seen(walker, block):
+            share = moments.tokens / walker.windows["all"].numel()
+            assert (share == 1) == (not group.is_expert)
+            shares |= {layer.name: share for layer in group.layers}
+        experts = [share for name, share in shares.items() if name.startswith(block.name) and "down_proj" in name]
+        assert sum(experts) == pytest.approx(2.0)
+        assert experts[3] == 0 < experts[0]
+    probe: Any = SimpleNamespace(disturb=lambda block: None, sensitivities=lambda: dict.fromkeys(shares, 3.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(allocate, "_losses", lambda group, *_: {layer.name: torch.ones(1) for layer in group.layers})
+        costs = allocate._costs(frozen_walker(starved()), probe, 0.01)
+    assert {name: cost.item() / 3 for name, cost in costs.items()} == pytest.approx(shares)
 
 
 def given(modules: Sequence[nn.Module], run: Callable[[], None]) -> list[Tensor]:

@@ -4,14 +4,13 @@ Three answers: the same share everywhere; less where a block has many outliers (
 2310.05175); or what minimises a sum of measured layer errors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from trimfit.errors import InputError
-from trimfit.masks.wanda import wanda_scores
 from trimfit.refit.gram import FactoredGram
 
 OUTLIER = 5.0  # M: times the mean score of the block
@@ -21,15 +20,18 @@ _TIE = 1e-9  # relative: marginal costs as close as this are the same but for ro
 _ROUNDING = 1e-12  # relative: of sums of counts in float64
 
 
-def outlier_ratio(weights: Sequence[Tensor], grams: Sequence[FactoredGram], threshold: float = OUTLIER) -> float:
+def outlier_ratio(weights: Sequence[Tensor], norms: Sequence[Tensor], threshold: float = OUTLIER) -> float:
     """Share of the scores |W_ij|·‖X_j‖ of some layers that exceed `threshold` times the mean of them all (OWL, eq. 1).
 
-    `weights` are (out, in) and `grams` those of their inputs.
+    `weights` are (out, in), and `norms` (in,) those of their inputs, all by the same factor.
     """
-    scores = [wanda_scores(weight.float(), gram) for weight, gram in zip(weights, grams, strict=True)]
-    size = sum(score.numel() for score in scores)
-    limit = threshold * sum(score.sum(dtype=torch.float64).item() for score in scores) / size
-    return sum(int((score > limit).sum()) for score in scores) / size
+
+    def scores() -> Iterator[Tensor]:
+        return (weight.float().abs() * norm.float() for weight, norm in zip(weights, norms, strict=True))
+
+    size = sum(weight.numel() for weight in weights)
+    limit = threshold * sum(score.sum(dtype=torch.float64).item() for score in scores()) / size
+    return sum(int((score > limit).sum()) for score in scores()) / size
 
 
 def loss_curve(weight: Tensor, gram: FactoredGram) -> Tensor:

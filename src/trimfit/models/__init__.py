@@ -13,6 +13,7 @@ from trimfit.models.folds import ValueOutput as ValueOutput
 from trimfit.models.free_order import FreeOrder as FreeOrder
 from trimfit.models.free_order import find_free_orders as find_free_orders
 from trimfit.models.groups import Group as Group
+from trimfit.models.groups import at_once as at_once
 from trimfit.models.groups import together as together
 from trimfit.models.heads import QueryKey as QueryKey
 from trimfit.models.heads import find_query_key as find_query_key

@@ -81,6 +81,19 @@ def each_called(linears: Iterable[ExpertLinear]) -> Generator[None]:
         yield
 
 
+@contextmanager
+def first_called(linears: Iterable[ExpertLinear]) -> Generator[None]:
+    """Forward passes of the modules that hold `linears` call the first expert alone, with the inputs of all of them.
+
+    What is computed is as much as it should be, and needs no values: it tells what a pass costs.
+    """
+    by_owner: dict[nn.Module, dict[str, ExpertLinear]] = {}
+    for linear in linears:
+        by_owner.setdefault(linear.experts, {}).setdefault(linear.parameter, linear)
+    with instead([(experts, partial(_forward_first, experts, given)) for experts, given in by_owner.items()]):
+        yield
+
+
 def matched(inputs: Tensor, tokens: Tensor, others: Tensor, other_tokens: Tensor) -> Tensor:
     """(T, n) what an expert receives of the same tokens elsewhere; its own `inputs` (T, n) for tokens it does not get.
 
@@ -110,9 +123,28 @@ def _forward(
     counts = slots.bincount(minlength=len(first))[: len(first)]  # those behind belong to another machine
     order = slots.sort(stable=True).indices[: int(counts.sum())]
     tokens = (order // top_k_index.shape[1]).split(counts.tolist())
-    gate = cast(Any, experts)._apply_gate if experts.has_gate else cast(Any, experts).act_fn
+    gate = _gate(experts)
     units = [gate(linear(hidden[which], which)) for linear, which in zip(first, tokens, strict=True)]
     outputs = [linear(unit, which) for linear, unit, which in zip(second, units, tokens, strict=True)]
     by_slot = hidden.new_zeros(len(slots), outputs[0].shape[1]).index_copy(0, order, torch.cat(outputs))
     weighted = by_slot * top_k_weights.reshape(-1, 1)
     return weighted.view(*top_k_index.shape, -1).sum(1).to(hidden.dtype)
+
+
+def _forward_first(
+    experts: nn.Module,
+    given: dict[str, ExpertLinear],
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+) -> Tensor:
+    """The shapes and the work of `_forward`, for all tokens by the first expert."""
+    first, second = (given.get(name) or ExpertLinear(experts, name, 0) for name in _parameters(experts))
+    slots = hidden.repeat_interleave(top_k_index.shape[1], 0)
+    outputs = second(_gate(experts)(first(slots, slots)), slots)
+    return outputs.view(*top_k_index.shape, -1).sum(1)
+
+
+def _gate(experts: nn.Module) -> Any:
+    """What is between an expert's two layers."""
+    return cast(Any, experts)._apply_gate if experts.has_gate else cast(Any, experts).act_fn

@@ -12,7 +12,7 @@ from trimfit.models.experts import ExpertLinear
 from trimfit.models.hooks import after, before
 from trimfit.models.structure import Block, Layer
 
-_AT_ONCE = 2**28  # entries of Gram matrices: 2 GiB of sums, and once more with the drift
+AT_ONCE = 2**28  # entries of Gram matrices: 2 GiB of sums, and once more with the drift
 _CLOSE = 0.03  # relative: differences of sums in bfloat16 come within 0.01, and what is no plain sum is far off
 
 
@@ -55,9 +55,18 @@ def together(groups: Sequence[Group]) -> Iterator[list[Group]]:
 
     A run is so short that its Gram matrices fit into a few GiB.
     """
+    return _runs(groups, lambda first, group: _beside(first) is not None and _beside(first) == _beside(group))
+
+
+def at_once(groups: Sequence[Group]) -> Iterator[list[Group]]:
+    """Groups in their order, in runs so short that their Gram matrices fit into a few GiB; for a model at rest."""
+    return _runs(groups, lambda first, group: True)
+
+
+def _runs(groups: Sequence[Group], belong: Callable[[Group, Group], bool]) -> Iterator[list[Group]]:
     run: list[Group] = []
     for group in groups:
-        if run and (_beside(run[0]) is None or _beside(run[0]) != _beside(group) or _entries([*run, group]) > _AT_ONCE):
+        if run and not (belong(run[0], group) and _entries([*run, group]) <= AT_ONCE):
             yield run
             run = []
         run.append(group)

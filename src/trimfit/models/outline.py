@@ -1,7 +1,7 @@
 """What a model will be asked to compute, learned from its config alone: no weight is loaded, nothing is computed."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
+from trimfit.models.experts import ExpertLinear, first_called
+from trimfit.models.groups import AT_ONCE
 from trimfit.models.hooks import before
 from trimfit.models.structure import Block, Layer, find_blocks, select_layers
 
@@ -20,14 +22,19 @@ class GroupOutline:
     """Layers that share an input.
 
     - `rows`: outputs of each layer; `inputs`: of all of them.
-    - `flops_before`: of a forward pass of the block over one window, until the group's input is there.
-    - `adds`: whether its one layer is as wide as the residual stream, to which it then adds its output.
+    - `flops_before`: of a forward pass of the block over one window, until the group's input is there; 0 for an expert
+      that is seen in the same pass as the one before it.
+    - `adds`: whether its one layer is as wide as the residual stream, to which it then adds its output; not one expert.
+    - `share`: of the tokens, that the group sees: less than 1 for an expert.
+    - `together`: how many groups are seen in that pass, this one included.
     """
 
     rows: tuple[int, ...]
     inputs: int
     flops_before: int
     adds: bool
+    share: float = 1.0
+    together: int = 1
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ def outline(config: PreTrainedConfig, dtype: torch.dtype, length: int, ignore: I
 
 @dataclass
 class _Trace:
-    """By module name: the input of each layer, in the order of their calls, and flops counted until then."""
+    """By name of the module, and for experts of their parameter: the input, and flops counted until it is there."""
 
     inputs: dict[str, Tensor]
     before: dict[str, int]
@@ -106,8 +113,8 @@ def _trace(model: PreTrainedModel, blocks: Sequence[Block], length: int) -> _Tra
 
     def receive(layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            trace.inputs.setdefault(layer.name, arguments[0])
-            trace.before.setdefault(layer.name, counter.get_total_flops())
+            trace.inputs.setdefault(_traced(layer), arguments[0])
+            trace.before.setdefault(_traced(layer), counter.get_total_flops())
 
         return hook
 
@@ -117,10 +124,12 @@ def _trace(model: PreTrainedModel, blocks: Sequence[Block], length: int) -> _Tra
 
         return hook
 
-    modules = [(layer.module, receive(layer)) for block in blocks for layer in block.layers]
+    layers = [layer for block in blocks for layer in block.layers]
+    experts = [layer.module for layer in layers if isinstance(layer.module, ExpertLinear)]
+    modules = [(layer.module, receive(layer)) for layer in layers]
     modules += [(block.module, enter(block)) for block in blocks]
     try:
-        with before(modules), counter:
+        with before(modules), first_called(experts), counter:
             model(input_ids=torch.zeros(1, length, dtype=torch.int64), use_cache=False)
     except DataDependentOutputException:
         return None
@@ -143,12 +152,39 @@ def _block(block: Block, trace: _Trace | None, size: int, hidden: int, length: i
         flops = 2 * length * sum(layer.weight.numel() for layer in block.layers)
         groups = [_group([layer], flops, hidden) for layer in block.layers]
         return BlockOutline(tuple(groups), flops, size, largest)
-    shared: dict[int, list[Layer]] = {}
-    for layer in sorted(block.layers, key=lambda layer: trace.before[layer.name]):
-        shared.setdefault(id(trace.inputs[layer.name]), []).append(layer)
     start = trace.before[block.name]
+    plain = [layer for layer in block.layers if not isinstance(layer.module, ExpertLinear)]
+    shared: dict[int, list[Layer]] = {}
+    for layer in sorted(plain, key=lambda layer: trace.before[layer.name]):
+        shared.setdefault(id(trace.inputs[layer.name]), []).append(layer)
     groups = [_group(layers, trace.before[layers[0].name] - start, hidden) for layers in shared.values()]
+    side_by_side: dict[str, list[Layer]] = {}
+    for layer in (layer for layer in block.layers if layer not in plain):
+        side_by_side.setdefault(layer.parameter, []).append(layer)
+    for parameter, layers in side_by_side.items():
+        share = len(trace.inputs[parameter]) / length / _experts(layers[0])
+        groups += _expert_groups(layers, trace.before[parameter] - start, share, hidden)
     return BlockOutline(tuple(groups), trace.end[block.name] - start, size, largest)
+
+
+def _expert_groups(layers: Sequence[Layer], flops_before: int, share: float, hidden: int) -> Iterator[GroupOutline]:
+    """Each expert's layer, in the runs in which their inputs are captured."""
+    most = max(1, AT_ONCE // layers[0].weight.shape[1] ** 2)
+    for number, layer in enumerate(layers):
+        first = number % most == 0
+        group = _group([layer], flops_before if first else 0, hidden)
+        yield replace(group, adds=False, share=share, together=min(most, len(layers) - number) if first else 1)
+
+
+def _experts(layer: Layer) -> int:
+    """How many there are beside a layer of an expert, itself included."""
+    assert isinstance(layer.module, ExpertLinear)
+    return len(layer.module.experts.get_parameter(layer.module.parameter))
+
+
+def _traced(layer: Layer) -> str:
+    """Under which name a layer is traced."""
+    return layer.parameter if isinstance(layer.module, ExpertLinear) else layer.name
 
 
 def _group(layers: Sequence[Layer], flops_before: int, hidden: int) -> GroupOutline:

@@ -1,7 +1,6 @@
 """Splits a sparsity over a model's layers by what one pass through the dense model tells of them."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -9,8 +8,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trimfit.calibration import InputMoments
 from trimfit.masks.allocation import STEPS, by_error, by_outliers, loss_curve, outlier_ratio, uniform
-from trimfit.models import IN_MEMORY, Block, Placement, Walker
+from trimfit.models import IN_MEMORY, Block, Group, Placement, Walker, at_once
 from trimfit.pipelines.checks import naming
 from trimfit.pipelines.few_tokens import of_no_tokens, raised_damping
 from trimfit.pipelines.observer import Observer, Silent
@@ -20,17 +20,6 @@ from trimfit.refit import FactoredGram
 
 AllocationName = Literal["uniform", "owl", "error"]
 _DEPTH = 8  # tokens for each input: what is asked of a Gram matrix here is an order of weights, not their values
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """Those of a layer: their Gram matrix, and how many there are for each token, less than 1 for an expert."""
-
-    gram: FactoredGram
-    share: float
-
-
-_Walk = Iterable[tuple[Block, dict[str, _Inputs]]]
 
 
 class BlockBudget(BaseModel):
@@ -100,66 +89,65 @@ def allocate(
     (observer or Silent()).stage(f"allocating the sparsity ({method})")
     if method == "owl":
         walker = Walker(model, blocks, {"all": windows}, batch_size, placement=placement, ranks=ranks, frozen=True)
-        outliers = _outliers(_walk(walker, damping))
+        outliers = _outliers(walker)
         ratios = [outliers[block.index] for block in blocks for _ in block.layers]
         counts = by_outliers(list(sizes.values()), ratios, sparsity)
         return _allocation(method, blocks, sizes, dict(zip(sizes, counts, strict=True)), outliers=outliers)
     sets = {"all": _enough(windows, blocks), "few": looked_at(windows)}
     alone = ("few",)  # noise has to be the same, whoever makes it
     walker = Walker(model, blocks, sets, batch_size, False, placement, ranks, alone, to_the_end=True, frozen=True)
-    costs = _costs(_walk(walker, damping), Probe(walker, "few"))
+    costs = _costs(walker, Probe(walker, "few"), damping)
     counts = by_error(list(sizes.values()), [costs[name] for name in sizes], sparsity)
     return _allocation(method, blocks, sizes, dict(zip(sizes, counts, strict=True)), costs=costs)
 
 
-def _outliers(inputs: _Walk) -> dict[int, float]:
+def _outliers(walker: Walker) -> dict[int, float]:
     """Outlier ratio of each block that has layers."""
-    return {
-        block.index: outlier_ratio(
-            [layer.weight for layer in block.layers], [seen[layer.name].gram for layer in block.layers]
-        )
-        for block, seen in inputs
-        if block.layers
-    }
+    ratios: dict[int, float] = {}
+    for block in walker:
+        norms = {
+            layer.name: seen.gram.diagonal().sqrt() for group, seen in _seen(walker, block) for layer in group.layers
+        }
+        if norms:
+            ratios[block.index] = outlier_ratio(
+                [layer.weight for layer in block.layers], [norms[layer.name] for layer in block.layers]
+            )
+    return ratios
 
 
-def _costs(inputs: _Walk, probe: Probe) -> dict[str, Tensor]:
+def _costs(walker: Walker, probe: Probe, damping: float) -> dict[str, Tensor]:
     """(STEPS + 1,) estimated nats per token of each layer, by the share of its weights that is pruned."""
     losses: dict[str, Tensor] = {}
-    for block, seen in inputs:
+    for block in walker:
         probe.disturb(block)
-        for layer in block.layers:
-            gram, share = seen[layer.name].gram, seen[layer.name].share
-            losses[layer.name] = loss_curve(layer.weight, gram) * (share * gram.energy(layer.weight.float()).item())
+        for group, seen in _seen(walker, block):
+            share = seen.tokens / walker.windows["all"].numel()  # of all tokens; an expert has some of them
+            losses |= {name: loss * share for name, loss in _losses(group, seen, damping).items()}
     sensitivities = probe.sensitivities()
     return {name: loss * sensitivities[name] for name, loss in losses.items()}
+
+
+def _losses(group: Group, seen: InputMoments, damping: float) -> dict[str, Tensor]:
+    """Estimated squared error of each layer for each token, by the share of its weights that is pruned."""
+    with naming(group.layers[0]):
+        gram = FactoredGram(seen.gram, raised_damping(damping, group, seen.tokens))
+    energies = {layer.name: gram.energy(layer.weight.float()).item() for layer in group.layers}
+    return {layer.name: loss_curve(layer.weight, gram) * energies[layer.name] for layer in group.layers}
+
+
+def _seen(walker: Walker, block: Block) -> Iterator[tuple[Group, InputMoments]]:
+    """The groups of a block with what their inputs were; few are in memory at a time."""
+    for groups in at_once(walker.groups(block)):
+        every = walker.moments(block, groups, "all")
+        for group in groups:
+            moments = every.pop(0)
+            yield group, moments if moments.tokens else of_no_tokens(group, moments)
 
 
 def _enough(windows: Tensor, blocks: Sequence[Block]) -> Tensor:
     """The first of the windows, with `_DEPTH` tokens for each input of the widest layer."""
     widest = max(layer.weight.shape[1] for block in blocks for layer in block.layers)
     return windows[: -(-_DEPTH * widest // windows.shape[1])]
-
-
-def _walk(walker: Walker, damping: float) -> _Walk:
-    """The blocks of the dense model, each with what is known of its layers' inputs."""
-    for block in walker:
-        yield block, _inputs(walker, block, damping)
-
-
-def _inputs(walker: Walker, block: Block, damping: float) -> dict[str, _Inputs]:
-    """By layer, shared where layers share them."""
-    groups = walker.groups(block)
-    if not groups:
-        return {}
-    inputs: dict[str, _Inputs] = {}
-    for group, moments in zip(groups, walker.moments(block, groups, "all"), strict=True):
-        seen = moments if moments.tokens else of_no_tokens(group, moments)
-        with naming(group.layers[0]):
-            factored = FactoredGram(seen.gram, raised_damping(damping, group, seen.tokens))
-        share = seen.tokens / walker.windows["all"].numel()
-        inputs.update({layer.name: _Inputs(factored, share) for layer in group.layers})
-    return inputs
 
 
 def _allocation(

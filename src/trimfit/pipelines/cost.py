@@ -7,6 +7,7 @@ measured: the steps of the solver and of ADMM.
 from collections import Counter
 from dataclasses import dataclass
 
+from trimfit.models.groups import AT_ONCE
 from trimfit.models.outline import BlockOutline, GroupOutline, Outline
 from trimfit.pipelines.config import PruneConfig
 from trimfit.pipelines.sensitivity import TOKENS
@@ -80,7 +81,7 @@ def _group(group: GroupOutline, model: Outline, job: Job) -> dict[str, dict[str,
     tokens = job.windows * model.length
     refitted = job.config.refit == "optimal"
     return {
-        "gram": {"float32": 2 * tokens * n * (n + beside)},
+        "gram": {"float32": round(2 * tokens * group.share * n * (n + beside))},
         "factorisation": {"float64": n**3 // 3, "memory": 10 * 8 * n * n},
         "mask": _mask(n, weights, job.config, dense),
         "refit": {
@@ -128,7 +129,7 @@ def _allocation(model: Outline, job: Job) -> Counter[str]:
             total["memory"] += few * layers * model.length * model.vocabulary * 4 * 6
         for group in block.groups:
             n, weights = group.inputs, sum(group.rows) * group.inputs
-            total["float32"] += 2 * windows * model.length * n * n
+            total["float32"] += round(2 * windows * model.length * group.share * n * n)
             total["float64"] += n**3 + 2 * weights * n
             total["memory"] += _SORT_BYTES * weights
     return total
@@ -180,8 +181,17 @@ def memory(model: Outline, job: Job) -> Memory:
         (max(_work(group, model, job), _pass_bytes(group, block, model, job)) for block, group in _groups(model)),
         default=0.0,
     )
+    if job.config.split != "uniform":
+        work = max(work, *(_allocation_bytes(block) for block in model.blocks))
     weights = model.bytes - inside + block if job.offload else model.bytes
     return Memory(weights, states, block if job.config.target == "dense" else 0.0, work)
+
+
+def _allocation_bytes(block: BlockOutline) -> float:
+    """Gram matrices that are seen in one pass, as sums and as means, and one that is factorised."""
+    squares = [group.inputs**2 for group in block.groups]
+    largest = max(squares, default=0)
+    return 12 * min(sum(squares), max(largest, AT_ONCE)) + 8 * 4 * largest
 
 
 def _groups(model: Outline) -> list[tuple[BlockOutline, GroupOutline]]:
@@ -189,16 +199,17 @@ def _groups(model: Outline) -> list[tuple[BlockOutline, GroupOutline]]:
 
 
 def _moments(group: GroupOutline, model: Outline, job: Job) -> float:
-    """Gram matrices of both sets of windows, and the drift."""
+    """Gram matrices of both sets of windows, and the drift, of all groups that are seen in one pass."""
     beside = group.inputs + (model.hidden if group.adds else 0) if job.config.target == "dense" else 0
-    return (2 if job.held_out else 1) * 4 * group.inputs * (group.inputs + beside)
+    return (2 if job.held_out else 1) * 4 * group.inputs * (group.inputs + beside) * group.together
 
 
 def _pass_bytes(group: GroupOutline, block: BlockOutline, model: Outline, job: Job) -> float:
     """A batch on its way through the block, its inputs in float32, and the moments that are summed."""
     tokens = min(job.config.batch_size, job.windows) * model.length
     activations = tokens * model.dtype.itemsize * (4 * block.largest + 4 * model.hidden)
-    caught = job.streams * tokens * group.inputs * (model.dtype.itemsize + 4) + 4 * tokens * group.inputs
+    rows = tokens * group.share * group.together
+    caught = job.streams * rows * group.inputs * (model.dtype.itemsize + 4) + 4 * rows * group.inputs
     return activations + caught + _moments(group, model, job)
 
 

@@ -151,6 +151,22 @@ def test_no_budget_no_swap(make_layer: MakeLayer):
     assert ((one_mask != mask).sum(1) <= 2).all()
 
 
+def test_the_worst_rows_get_what_the_budget_allows(make_layer: MakeLayer):
+    dense, gram = unit_layer(make_layer, 6, 24)
+    pattern = Unstructured(0.5, "row")
+    mask = keep_best(-dense.abs(), pattern)  # each row has much to gain
+    weight = optimum(dense, mask, gram.matrix)
+    whole = swap(dense, weight, mask, gram, pattern, candidates=12)
+    worst = errors(dense, weight, gram.matrix).argsort(descending=True)
+    assert (whole[0] != mask).any(1).all()
+    others = 12 - 6  # of the 12 kept weights half are candidates, and the others are eliminated
+    for rows in range(7):
+        part = swap(dense, weight, mask, gram, pattern, candidates=12, budget=(rows + 0.5) * others**3 / 3)
+        changed = (part[0] != mask).any(1)
+        assert changed.nonzero()[:, 0].tolist() == sorted(worst[:rows].tolist())
+        torch.testing.assert_close(part[1][changed], whole[1][changed])
+
+
 @every_pattern
 def test_chunks_change_nothing(make_layer: MakeLayer, monkeypatch: pytest.MonkeyPatch, pattern: Pattern):
     dense, gram = unit_layer(make_layer, 9, 24)

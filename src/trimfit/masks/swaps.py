@@ -14,6 +14,7 @@ the other kept weights K = S \\ C are eliminated: the Schur complement H_CC − 
 candidates can ask of them, so the formulas hold for the row and the tableau has |C|² entries.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -113,8 +114,11 @@ def swap(
     *,
     candidates: int = CANDIDATES,
     limit: int = SWAPS,
+    budget: float = math.inf,
 ) -> tuple[Tensor, Tensor]:
     """(mask, weights) after the swaps that make rows better; counts per row, and per group of N:M, stay.
+
+    `budget` limits the flops of all eliminations, k³/3 for a row that keeps k: rows with large errors come first.
 
     `dense` (m, n) is what to reproduce and `weight` (m, n) the optimum on `mask`, both divided by `gram.scale`, in the
     dtype of the Gram matrix. The weights returned are the optimum on the new mask. A row changes only if its error,
@@ -125,9 +129,14 @@ def swap(
     columns = _promising(weight, residual, mask, gram, pattern, candidates)
     elements = torch.zeros_like(mask).scatter_(1, columns, True)
     others = mask & ~elements
-    kept_counts, order = others.sum(1).sort()  # rows of a chunk are padded to the widest of them
+    counts = others.sum(1)
+    worst = before.argsort(descending=True)
+    affordable = worst[(counts[worst].double() ** 3 / 3).cumsum(0) <= budget]
+    if not len(affordable):
+        return mask, weight
+    order = affordable[counts[affordable].argsort()]  # rows of a chunk are padded to the widest of them
     new_mask, new_weight = mask.clone(), weight.clone()
-    for rows in order.split(max(1, _CHUNK_ELEMENTS // (columns.shape[1] * max(1, int(kept_counts[-1]))))):
+    for rows in order.split(max(1, _CHUNK_ELEMENTS // (columns.shape[1] * max(1, int(counts.max()))))):
         part = (weight[rows], residual[rows], mask[rows], columns[rows], others[rows])
         new_mask[rows], new_weight[rows] = _swap_rows(*part, before[rows], gram, pattern, limit)
     change = dense - new_weight

@@ -7,6 +7,8 @@ measured: the steps of the solver and of ADMM.
 from collections import Counter
 from dataclasses import dataclass
 
+from trimfit.masks import NM
+from trimfit.masks.joint import SWAP_WORK
 from trimfit.models.groups import AT_ONCE
 from trimfit.models.outline import BlockOutline, GroupOutline, Outline
 from trimfit.pipelines.config import PruneConfig
@@ -16,6 +18,7 @@ SOLVER_STEPS = 25  # of conjugate gradients to a gap of 1e-4; 15 to 40 were usua
 ADMM_STEPS = 60
 _STEPS_PER_INVERSE = 5
 _FIT_STEPS = 10
+_SMALL_PRODUCTS = 6  # how much longer a flop of swaps takes
 _SORT_BYTES = 400  # for each entry, as if it were traffic
 _TOP_K_BYTES = 60
 _CHUNK_BYTES = 10 * 2**28  # of the refit: some ten tensors of 2²⁵ float64
@@ -101,8 +104,12 @@ def _mask(n: int, weights: int, config: PruneConfig, dense: bool) -> dict[str, i
     match config.selector:
         case "joint":
             inverses = ADMM_STEPS // _STEPS_PER_INVERSE * n**3
+            pattern = config.mask_pattern
+            kept = pattern.n / pattern.m if isinstance(pattern, NM) else 1 - float(pattern.sparsity)
+            # In small batches eliminations go far below the rate of large products. Well-conditioned layers need none.
+            swaps = round(_SMALL_PRODUCTS * min(weights * n**2 * kept**3 / 3, SWAP_WORK * weights * n))
             return {
-                "float32": ADMM_STEPS * product + inverses + 2 * _FIT_STEPS * product,
+                "float32": ADMM_STEPS * product + inverses + 2 * _FIT_STEPS * product + swaps,
                 "float64": 4 * product + 2 * n**3 // 3 + goal,
                 "memory": ADMM_STEPS * (_TOP_K_BYTES + 15 * 4) * weights,
             }

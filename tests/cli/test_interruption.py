@@ -96,15 +96,10 @@ def test_progress_on_a_terminal_and_its_end(
     assert "loading " in terminal.shown
     assert "Traceback" not in terminal.shown
     assert stdout == ""
-    if arguments[0] == "prune":
-        run = tmp_path / "out.run"
-        assert terminal.shown.rstrip().splitlines()[-1].endswith(f"error: {END[number]}; {goes_on(run)}")
-        assert nothing_but(tmp_path, ["out.run"])
-        assert (run / "part-00000.safetensors").is_file()
-    else:
-        if number == signal.SIGINT:
-            assert terminal.shown.rstrip().splitlines()[-1].endswith("error: interrupted; nothing was written")
-        assert nothing_but(tmp_path)
+    run = tmp_path / "out.run"
+    assert terminal.shown.rstrip().splitlines()[-1].endswith(f"error: {END[number]}; {goes_on(run)}")
+    assert nothing_but(tmp_path, ["out.run"])
+    assert (run / "part-00000.safetensors").is_file()
 
 
 PRUNE = ("prune", "--samples", "12", "--sequence-length", "32")
@@ -116,21 +111,17 @@ def test_ctrl_c_while_writing(
     here: Here, tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     def interrupt(*arguments: object, **options: object) -> None:
-        place = "out.run/result" if command == "prune" else ".*out.*"
-        assert any(tmp_path.glob(f"{place}/model.safetensors"))  # the weights are written already
+        assert (tmp_path / "out.run" / "result" / "model.safetensors").is_file()  # the weights are written already
         raise KeyboardInterrupt
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", interrupt)
     name, *options = COMMANDS[command]
     outcome = here(name, tiny, "-o", tmp_path / "out", "--calibration", text, "--sequence-length", "32", *options)
     assert outcome.status == 130
-    if command == "prune":
-        assert outcome.stderr.splitlines()[-1] == f"error: interrupted; {goes_on(tmp_path / 'out.run')}"
-        assert nothing_but(tmp_path, ["out.run"])
-        assert nothing_but(tmp_path / "out.run", [*JOURNAL, *(f"part-{i:05d}.safetensors" for i in range(2 * 4))])
-        return
-    assert outcome.stderr.splitlines()[-1] == "error: interrupted; nothing was written"
-    assert nothing_but(tmp_path)
+    assert outcome.stderr.splitlines()[-1] == f"error: interrupted; {goes_on(tmp_path / 'out.run')}"
+    assert nothing_but(tmp_path, ["out.run"])
+    parts = 2 * 4 if command == "prune" else 2
+    assert nothing_but(tmp_path / "out.run", [*JOURNAL, *(f"part-{i:05d}.safetensors" for i in range(parts))])
 
 
 JOURNAL = ["journal.jsonl", "journal.lock", "run.json"]
@@ -152,19 +143,30 @@ def test_disk_full_while_pruning(tiny: Path, text: Path, here: Here, mount: Moun
     assert here("resume", disk / "out").status == 0
 
 
-@pytest.mark.parametrize(("command", "size"), [("packed", "80k"), ("packed", "32k"), ("dense", "80k")])
-def test_disk_full_halfway(tiny: Path, here: Here, mount: Mount, command: str, size: str) -> None:
-    disk = mount(f"size={size}")  # enough for the weights, not for the tokenizer too; or for nothing
+@pytest.mark.parametrize(
+    ("command", "size"), [("packed", "80k"), ("packed", "32k"), ("dense", "96k"), ("dense", "116k")]
+)
+def test_disk_full_while_quantizing(
+    tiny: Path, here: Here, mount: Mount, monkeypatch: pytest.MonkeyPatch, command: str, size: str
+) -> None:
+    """In the middle of the blocks, as something else fills the disk, or of the output; then as for `prune`."""
+    monkeypatch.setattr("trimfit.pipelines.quantize_save.check_space", lambda parent, needed: None)
+    disk = mount(f"size={size}")
     name, *options = COMMANDS[command]
     outcome = here(name, tiny, "-o", disk / "out", *options)
     assert outcome.status == 1
     assert is_one_sentence(outcome), outcome.stderr
-    assert "disk is full" in outcome.stderr
-    assert str(disk / "out") in outcome.stderr
-    assert nothing_but(disk)
+    assert "is full" in outcome.stderr or "MiB free" in outcome.stderr
+    assert outcome.stderr.rstrip().endswith(goes_on(disk / "out.run"))
+    parts = {path: path.stat().st_mtime_ns for path in (disk / "out.run").glob("part-*.safetensors")}
+    assert len(parts) == (1 if size == "32k" else 2)
+    assert nothing_but(disk / "out.run", [*JOURNAL, *(path.name for path in parts)])
+    subprocess.run(["mount", "-o", "remount,size=2m", disk], check=True)
+    assert here("resume", disk / "out").status == 0
+    assert nothing_but(disk, ["out"])
 
 
-@pytest.mark.parametrize("command", ["prune", "dense"])
+@pytest.mark.parametrize("command", ["prune", "packed", "dense"])
 def test_disk_too_small_from_the_start(here: Here, tiny: Path, text: Path, mount: Mount, command: str) -> None:
     disk = mount("size=32k")
     name, *options = COMMANDS[command]

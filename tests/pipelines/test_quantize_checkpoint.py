@@ -388,9 +388,11 @@ def test_an_existing_output_survives_a_failure(
         with pytest.raises(OSError, match="at the very end"):
             quantize_checkpoint(source, out, config(), format=form, device=CPU, overwrite=True)
     assert (out / "mine").read_text() == "old"
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out", "out.run"}
+    assert not (tmp_path / "out.run" / "result").exists()
     quantize_checkpoint(source, out, config(), format=form, device=CPU, overwrite=True)
     assert not (out / "mine").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
 
 
 @pytest.mark.parametrize("out", ["model", "."])

@@ -51,6 +51,7 @@ def in_memory(source: Path, out: Path, config: QuantizeConfig = DEFAULT) -> Quan
 def told(directory: Path) -> dict[str, Any]:
     """`trimfit.json` without what another run of the same would change."""
     sidecar = json.loads((directory / "trimfit.json").read_text())
+    del sidecar["run"]
     for part in (sidecar, *sidecar["layers"]):
         del part["seconds"], part["peak_memory"]
     return sidecar
@@ -170,7 +171,7 @@ def test_damage_is_told_as_in_memory_and_nothing_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_an_error_on_the_way_leaves_nothing(
+def test_an_error_on_the_way_leaves_no_output(
     tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ):
     source = write(tmp_path / "model", word_tokenizer)
@@ -178,7 +179,8 @@ def test_an_error_on_the_way_leaves_nothing(
     monkeypatch.setattr("trimfit.checkpoints.packed.PackedWriter.finish", refuse)
     with pytest.raises(AssertionError):
         streamed(source, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out.run"}
+    assert not (tmp_path / "out.run" / "result").exists()
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
 
 

@@ -131,26 +131,6 @@ def prune_configs(given: dict[str, Any]) -> tuple["PruneConfig", "CalibrationCon
     return PruneConfig.model_validate(asked), CalibrationConfig(source=given["calibration"], **drawn)
 
 
-def resume(
-    directory: Annotated[Path, typer.Argument(help="Output of the run that was interrupted.")],
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, … \\[default: that of the run]")] = None,
-    json: options.Json = False,
-) -> None:
-    """Go on with a prune that was interrupted or killed, from the last layers that were finished."""
-    from trimfit.checkpoints import resolve_device
-    from trimfit.cli import show
-    from trimfit.pipelines import resume as go_on
-    from trimfit.ranks import joined, local_device
-
-    here = None if device is None else local_device(resolve_device(device))
-    show.quiet_libraries()
-    with joined(here or local_device(resolve_device("auto"))) as ranks:
-        with show.progress(quiet=json or not ranks.is_first) as observer:
-            finished = go_on(directory.expanduser(), device=here, ranks=ranks, observer=observer)
-        if ranks.is_first:
-            show.prune(finished.report, finished.calibration.source, finished.out, as_json=json)
-
-
 def quantize(
     model: options.Model,
     output: options.Output,

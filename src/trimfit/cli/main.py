@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from trimfit.cli import commands, compare, plan
+from trimfit.cli.resume import resume
 from trimfit.errors import ToldElsewhere, TrimfitError
 
 _INTERRUPTED = 130
@@ -32,7 +33,7 @@ app.command("prune")(commands.prune)
 app.command("plan")(plan.plan)
 app.command("quantize")(commands.quantize)
 app.command("eval")(commands.evaluate)
-app.command("resume")(commands.resume)
+app.command("resume")(resume)
 app.command("compare")(compare.compare)
 
 

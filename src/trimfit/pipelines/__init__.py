@@ -11,11 +11,11 @@ from trimfit.pipelines.prune_checkpoint import prune_checkpoint as prune_checkpo
 from trimfit.pipelines.prune_checkpoint import save_pruned as save_pruned
 from trimfit.pipelines.prune_record import PruneRecord as PruneRecord
 from trimfit.pipelines.quantize import quantize as quantize
-from trimfit.pipelines.quantize_checkpoint import check_format as check_format
 from trimfit.pipelines.quantize_checkpoint import quantize_checkpoint as quantize_checkpoint
 from trimfit.pipelines.quantize_config import QuantizeConfig as QuantizeConfig
 from trimfit.pipelines.quantize_records import QuantizedRecord as QuantizedRecord
 from trimfit.pipelines.quantize_records import QuantizeReport as QuantizeReport
+from trimfit.pipelines.quantize_save import check_format as check_format
 from trimfit.pipelines.records import LayerError as LayerError
 from trimfit.pipelines.records import LayerRecord as LayerRecord
 from trimfit.pipelines.records import PruneReport as PruneReport

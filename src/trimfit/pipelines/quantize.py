@@ -1,24 +1,35 @@
 """Quantize in place, block by block: fold, find the Gram matrices, transform, round. By default without any data."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimfit.models import Block, Walker, check_causal, find_blocks, find_flow, find_folds, select_layers, together
+from trimfit.models import (
+    IN_MEMORY,
+    Block,
+    Chain,
+    Placement,
+    Walker,
+    check_causal,
+    find_blocks,
+    find_flow,
+    find_folds,
+    select_layers,
+    together,
+)
 from trimfit.pipelines.checks import check_finite, check_tokens
+from trimfit.pipelines.finished_block import BlockRecord, FinishedBlock
 from trimfit.pipelines.observer import Observer, Silent
 from trimfit.pipelines.quantize_block import BlockWork
 from trimfit.pipelines.quantize_config import QuantizeConfig
-from trimfit.pipelines.quantize_records import QuantizedRecord, QuantizeReport
+from trimfit.pipelines.quantize_ledger import QuantizeLedger, Sink, ToSink
+from trimfit.pipelines.quantize_records import QuantizeReport
 from trimfit.pipelines.records import peak_memory, versions
 from trimfit.pipelines.weight_moments import WeightMoments
-from trimfit.quant import Quantized
-from trimfit.quant.blocks import BlockTransform
-
-Sink = Callable[[str, Quantized, BlockTransform | None], None]
 
 
 def quantize(
@@ -49,99 +60,110 @@ def quantize(
     observer = observer or Silent()
     blocks = select_layers(model, find_blocks(model), config.ignore)
     check_finite(model)
-    if tokens is None:
-        run = QuantizeRun(model, config, blocks, observer, sink, scale_dtype)
-        moments = WeightMoments(model)
-        for block in blocks:
-            run.without_data(block, moments)
-        return run.report()
-    check_tokens(model, tokens)
-    check_causal(model, tokens[0].long())
-    run = QuantizeRun(model, config, blocks, observer, sink, scale_dtype)
-    observer.stage("reading the calibration windows")
-    walker = Walker(model, blocks, {"fit": tokens}, config.batch_size)
-    for block in walker:
-        run.with_data(block, walker)
-    return run.report(windows=len(tokens), window_length=tokens.shape[1])
+    calibration = WeightMoments(model) if tokens is None else tokens
+    ledger = ToSink(sink)
+    return QuantizeRun(model, blocks, calibration, config, observer or Silent(), ledger, scale_dtype=scale_dtype).run()
 
 
+@dataclass
 class QuantizeRun:
-    """Quantizes one block after the other, and keeps the records.
+    """One run over the blocks of a model, wherever it is and whoever keeps what is finished.
 
-    `device` is where the blocks are when their turn comes; where the model is, if None.
+    - `blocks`: with the layers to quantize, whose weights are finite.
+    - `calibration`: (N, L) int64 windows, or without data what the weights tell of the hidden states.
+    - `config`, `observer`, `scale_dtype`: as for `quantize`.
+    - `ledger`: asked for what is finished already, and given what is finished.
+    - `placement`: where weights come from and hidden states wait.
+    - `device`: where blocks are when their turn comes; where the model is, if None.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        config: QuantizeConfig,
-        blocks: Sequence[Block],
-        observer: Observer,
-        sink: Sink | None,
-        scale_dtype: torch.dtype | None,
-        device: torch.device | None = None,
-    ):
-        self._model, self._config, self._blocks = model, config, blocks
-        self._device = device or model.device
-        self._observer, self._sink, self._scale_dtype = observer, sink, scale_dtype
-        self._start = time.perf_counter()
-        self._total = sum(layer.weight.numel() for block in blocks for layer in block.layers)
-        self._done = 0
-        self._online = 0
-        self._records: list[QuantizedRecord] = []
-        self._refused: dict[str, None] = {}  # an ordered set
+    model: PreTrainedModel
+    blocks: Sequence[Block]
+    calibration: Tensor | WeightMoments
+    config: QuantizeConfig
+    observer: Observer
+    ledger: QuantizeLedger
+    placement: Placement = IN_MEMORY
+    scale_dtype: torch.dtype | None = None
+    device: torch.device | None = None
 
-    def without_data(self, block: Block, moments: WeightMoments) -> None:
-        """Quantizes a block with what its weights and those before it tell."""
-        work = self._begin(block)
-        flow = find_flow(self._model, block.name)
-        grams: dict[str, Tensor] = {} if flow is None else moments.grams(flow, work.weights)
-        for layers in work.groups():
-            work.quantize(layers, work.gram_of(layers, grams), data=False)
-        if self._config.rounding == "alternating":
-            work.round_pairs()
-        self._finish(work)
-
-    def with_data(self, block: Block, walker: Walker) -> None:
-        """Quantizes a block with Gram matrices of calibration windows, seen through what is quantized already."""
-        work = self._begin(block)
-        for layer in block.layers:
-            layer.write(work.weights[layer.name])  # the norms are folded already, and the inputs seen through them
-        for groups in together(walker.groups(block)):
-            for group, moments in zip(groups, walker.moments(block, groups, "fit"), strict=True):
-                work.quantize_group(group, moments)
-                for layer in group.layers:
-                    layer.write(work.layers[layer.name].weight)
-        self._finish(work)
-
-    def report(self, *, windows: int = 0, window_length: int = 0) -> QuantizeReport:
-        """The report, when all blocks are finished."""
+    def run(self) -> QuantizeReport:
+        """Quantizes the blocks in their order. Raises `InputError` before anything changes if something is wrong."""
+        start = time.perf_counter() - self.ledger.seconds
+        tokens = self.calibration if isinstance(self.calibration, Tensor) else None
+        total = sum(layer.weight.numel() for block in self.blocks for layer in block.layers)
+        done = 0
+        blocks: list[BlockRecord] = []
+        for record in self._records(start):
+            blocks.append(record)
+            for layer in record.layers:
+                done += layer.shape[0] * layer.shape[1]
+                self.observer.layer(layer, done / total)
         return QuantizeReport(
-            config=self._config,
-            layers=self._records,
-            refused=list(self._refused),
-            windows=windows,
-            window_length=window_length,
-            online_multiply_adds=self._online / max(self._done, 1),
-            seconds=time.perf_counter() - self._start,
-            peak_memory=peak_memory(self._device),
+            config=self.config,
+            layers=[layer for block in blocks for layer in block.layers],
+            refused=list(dict.fromkeys(sentence for block in blocks for sentence in block.left_out)),
+            windows=0 if tokens is None else len(tokens),
+            window_length=0 if tokens is None else tokens.shape[1],
+            online_multiply_adds=sum(block.multiply_adds for block in blocks) / max(done, 1),
+            seconds=time.perf_counter() - start,
+            peak_memory=peak_memory(self.device or self.model.device),
             versions=versions(),
         )
 
-    def _begin(self, block: Block) -> BlockWork:
-        self._observer.stage(f"block {block.index + 1} of {len(self._blocks)}")
-        return BlockWork(block, find_folds(self._model, block.name), self._config, self._scale_dtype)
+    def _records(self, start: float) -> Iterator[BlockRecord]:
+        if isinstance(self.calibration, Tensor):
+            return self._with_data(self.calibration, start)
+        return self._without_data(self.calibration, start)
 
-    def _finish(self, work: BlockWork) -> None:
-        self._refused |= dict.fromkeys(work.left_out)
-        transforms = {id(done.transform): done.transform for done in work.layers.values() if done.transform}
-        self._online += sum(transform.multiply_adds for transform in transforms.values())
-        for layer in work.block.layers:
-            done = work.layers[layer.name]
-            layer.write(done.weight)
-            if self._sink is not None:
-                self._sink(layer.name, done.quantized, done.transform)
-            record = work.record(layer.name, layer.weight.device)
-            self._records.append(record)
-            self._done += layer.weight.numel()
-            self._observer.layer(record, self._done / self._total)
+    def _without_data(self, moments: WeightMoments, start: float) -> Iterator[BlockRecord]:
+        """Quantizes each block with what its weights and those before it tell."""
+        for block in self.blocks:
+            with self.placement.loaded(block):
+                finished = self._finish(block, lambda work: self._round_without_data(work, moments), start)
+                if finished.moment is not None:
+                    moments.stream.moment = finished.moment
+                yield finished.record
+
+    def _round_without_data(self, work: BlockWork, moments: WeightMoments) -> Tensor:
+        """Gives the second moment of the hidden states behind the block."""
+        flow = find_flow(self.model, work.block.name)
+        grams: dict[str, Tensor] = {} if flow is None else moments.grams(flow, work.weights)
+        for layers in work.groups():
+            work.quantize(layers, work.gram_of(layers, grams), data=False)
+        if self.config.rounding == "alternating":
+            work.round_pairs()
+        return moments.stream.moment
+
+    def _with_data(self, tokens: Tensor, start: float) -> Iterator[BlockRecord]:
+        """Quantizes each block with Gram matrices of calibration windows, seen through what is quantized already."""
+        check_tokens(self.model, tokens)
+        with Chain(self.model, self.blocks, self.placement.loaded).loading():
+            check_causal(self.model, tokens[0].long())
+        self.observer.stage("reading the calibration windows")
+        walker = Walker(self.model, self.blocks, {"fit": tokens}, self.config.batch_size, placement=self.placement)
+        for block in walker:
+            yield self._finish(block, lambda work: _round_with_data(work, walker), start).record
+
+    def _finish(self, block: Block, quantize: Callable[[BlockWork], Tensor | None], start: float) -> FinishedBlock:
+        """The block as an earlier run left it, or as `quantize` makes it now, which is kept. The model has it then."""
+        self.observer.stage(f"block {block.index + 1} of {len(self.blocks)}")
+        finished = self.ledger.restore(block)
+        if finished is not None:
+            finished.write(block)
+            return finished
+        work = BlockWork(block, find_folds(self.model, block.name), self.config, self.scale_dtype)
+        finished = work.finished(quantize(work))
+        finished.write(block)
+        self.ledger.keep(finished, time.perf_counter() - start)
+        return finished
+
+
+def _round_with_data(work: BlockWork, walker: Walker) -> None:
+    for layer in work.block.layers:
+        layer.write(work.weights[layer.name])  # the norms are folded already, and the inputs seen through them
+    for groups in together(walker.groups(work.block)):
+        for group, moments in zip(groups, walker.moments(work.block, groups, "fit"), strict=True):
+            work.quantize_group(group, moments)
+            for layer in group.layers:
+                layer.write(work.layers[layer.name].weight)

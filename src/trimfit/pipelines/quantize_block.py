@@ -12,6 +12,7 @@ from trimfit.errors import RunError
 from trimfit.models import Block, Folds, Group, Layer, ValueOutput
 from trimfit.pipelines.checks import naming
 from trimfit.pipelines.few_tokens import has_few, raised_damping
+from trimfit.pipelines.finished_block import BlockRecord, FinishedBlock, QuantizedWeight, plain_state
 from trimfit.pipelines.fold_block import fold_block, is_pruned
 from trimfit.pipelines.quantize_config import QuantizeConfig
 from trimfit.pipelines.quantize_records import QuantizedRecord
@@ -30,27 +31,18 @@ _KEPT_ZEROS = "a pruned layer takes no online transformation: mixing its inputs 
 
 
 @dataclass
-class QuantizedLayer:
+class QuantizedLayer(QuantizedWeight):
     """What has become of a layer.
 
-    - `quantized`: of W T, where there is an online transformation T, else of W.
     - `gram`: (in, in) of its inputs before any T, or None; `data`, whether it is of calibration windows, and then
       `tokens` of them.
     """
 
-    quantized: Quantized
-    transform: BlockTransform | None
     gram: Tensor | None
     data: bool
     seconds: float
     tokens: int | None = None
     few_tokens: bool = False
-
-    @property
-    def weight(self) -> Tensor:
-        """(out, in) what the layer multiplies its inputs by, transformation included."""
-        weight = self.quantized.dequantize()
-        return weight if self.transform is None else self.transform.backward(weight.float())
 
 
 @dataclass
@@ -193,8 +185,27 @@ class BlockWork:
         best = best_transform(weights, grid, size, learn=learn if steps else None)
         return None if best is None else _as_stored(best, self._dtypes[layers[0].name])
 
-    def record(self, name: str, device: torch.device) -> QuantizedRecord:
-        """What is known of a finished layer. Raises `RunError` if a zero of a pruned layer is none any more."""
+    def finished(self, moment: Tensor | None) -> FinishedBlock:
+        """The block, when all its layers are quantized. `moment`: of the hidden states behind it, where it is followed.
+
+        Raises `RunError` if a zero of a pruned layer is none any more.
+        """
+        done = {layer.name: self.layers[layer.name] for layer in self.block.layers}
+        owners: dict[int, str] = {}
+        transforms: dict[str, tuple[str, str]] = {}
+        multiply_adds = 0
+        for name, transform in ((name, layer.transform) for name, layer in done.items() if layer.transform):
+            multiply_adds += 0 if id(transform) in owners else transform.multiply_adds
+            transforms[name] = owners.setdefault(id(transform), name), transform.name
+        record = BlockRecord(
+            layers=[self._record(layer.name, layer.weight.device) for layer in self.block.layers],
+            left_out=self.left_out,
+            transforms=transforms,
+            multiply_adds=multiply_adds,
+        )
+        return FinishedBlock(self.block.name, record, done, plain_state(self.block), moment)
+
+    def _record(self, name: str, device: torch.device) -> QuantizedRecord:
         done, exact = self.layers[name], self.weights[name]
         weight = done.weight.float()
         grid = done.quantized.grid

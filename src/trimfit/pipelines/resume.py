@@ -13,6 +13,10 @@ from trimfit.errors import InputError
 from trimfit.pipelines.config import PruneConfig
 from trimfit.pipelines.observer import Observer
 from trimfit.pipelines.prune_checkpoint import prune_checkpoint
+from trimfit.pipelines.quantize_checkpoint import quantize_checkpoint
+from trimfit.pipelines.quantize_config import QuantizeConfig
+from trimfit.pipelines.quantize_records import QuantizeReport
+from trimfit.pipelines.quantize_save import Format
 from trimfit.pipelines.records import PruneReport
 from trimfit.pipelines.run_directory import REQUEST, RunDirectory, run_path
 from trimfit.ranks import ALONE, Ranks, local_device
@@ -20,11 +24,15 @@ from trimfit.ranks import ALONE, Ranks, local_device
 
 @dataclass(frozen=True)
 class Resumed:
-    """A run that is finished now: where it wrote, on which windows, and its report."""
+    """A run that is finished now: where it wrote, on which windows if any, and its report.
+
+    `file_format` is that of a quantized checkpoint.
+    """
 
     out: Path
-    calibration: CalibrationConfig
-    report: PruneReport
+    calibration: CalibrationConfig | None
+    report: PruneReport | QuantizeReport
+    file_format: Format = "dense"
 
 
 def resume(
@@ -42,20 +50,26 @@ def resume(
 
     **Returns** the report of the whole run; when everything is done already, that which is there. Raises `InputError`
     when there is nothing to go on with, or when model, text or versions are not what they were; and as
-    `prune_checkpoint` does.
+    `prune_checkpoint` and `quantize_checkpoint` do.
     """
     out = Path(str(directory).removesuffix(".run")) if directory.name.endswith(".run") else directory
     request, finished = ranks.first(lambda: _look(out))
     if finished is not None:
         return finished
     assert request is not None
+    device = device or local_device(torch.device(request["device"]))
+    go_on = _quantize if request.get("command") == "quantize" else _prune
+    return go_on(request, device, ranks, observer)
+
+
+def _prune(request: dict[str, Any], device: torch.device, ranks: Ranks, observer: Observer | None) -> Resumed:
     out, calibration = Path(request["out"]), CalibrationConfig.model_validate(request["calibration"])
     report = prune_checkpoint(
         request["source"],
         out,
         PruneConfig.model_validate(request["config"]),
         calibration,
-        device=device or local_device(torch.device(request["device"])),
+        device=device,
         overwrite=request["overwrite"],
         offload=request["offload"],
         memory_limit=request["memory_limit"],
@@ -63,6 +77,25 @@ def resume(
         observer=observer,
     )
     return Resumed(out, calibration, report)
+
+
+def _quantize(request: dict[str, Any], device: torch.device, ranks: Ranks, observer: Observer | None) -> Resumed:
+    out, calibration = Path(request["out"]), _calibration(request)
+    report = quantize_checkpoint(
+        request["source"],
+        out,
+        QuantizeConfig.model_validate(request["config"]),
+        calibration,
+        format=request["file_format"],
+        device=device,
+        overwrite=request["overwrite"],
+        observer=observer,
+    )
+    return Resumed(out, calibration, report, request["file_format"])
+
+
+def _calibration(record: dict[str, Any]) -> CalibrationConfig | None:
+    return None if record["calibration"] is None else CalibrationConfig.model_validate(record["calibration"])
 
 
 def _look(out: Path) -> tuple[dict[str, Any] | None, Resumed | None]:
@@ -73,10 +106,11 @@ def _look(out: Path) -> tuple[dict[str, Any] | None, Resumed | None]:
         if run_path(out).exists():
             with RunDirectory(out, {}):  # which removes it, under its lock
                 pass
-        report = PruneReport.model_validate({name: finished[name] for name in PruneReport.model_fields})
-        return None, Resumed(out, CalibrationConfig.model_validate(finished["calibration"]), report)
+        kind = PruneReport if _is_of(finished, PruneReport) else QuantizeReport
+        report = kind.model_validate({name: finished[name] for name in kind.model_fields})
+        return None, Resumed(out, _calibration(finished), report, finished.get("file_format", "dense"))
     if request is None:
-        raise InputError(f"there is no run to go on with: neither {out} nor {run_path(out)} is one of trimfit prune")
+        raise InputError(f"there is no run to go on with: neither {out} nor {run_path(out)} is one of trimfit")
     return request, None
 
 
@@ -92,9 +126,13 @@ def _request(out: Path) -> dict[str, Any] | None:
 
 
 def _finished(out: Path) -> dict[str, Any] | None:
-    """The record of a pruned model that is there."""
+    """The record of a compressed model that is there."""
     try:
         record = json.loads((out / SIDECAR).read_text(encoding="utf-8"))
-        return record if record.keys() >= PruneReport.model_fields.keys() else None
-    except (OSError, ValueError, AttributeError):
+        return record if "run" in record and (_is_of(record, PruneReport) or _is_of(record, QuantizeReport)) else None
+    except (OSError, ValueError, AttributeError, TypeError):
         return None
+
+
+def _is_of(record: dict[str, Any], report: type[PruneReport] | type[QuantizeReport]) -> bool:
+    return record.keys() >= report.model_fields.keys()

@@ -1,0 +1,102 @@
+"""Puts the blocks that a quantization has kept together to a checkpoint, one of them in memory at a time."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from trimfit.checkpoints import check_space, save_checkpoint, write_sidecar
+from trimfit.checkpoints.gguf import check_gguf, write_gguf
+from trimfit.checkpoints.packed import PackedWriter, check_packable, plain_tensors
+from trimfit.errors import InputError
+from trimfit.models import Block
+from trimfit.pipelines.opened import InMemory, Offloaded
+from trimfit.pipelines.quantize_config import QuantizeConfig
+from trimfit.pipelines.quantize_ledger import KeptBlocks
+from trimfit.pipelines.quantize_records import QuantizeReport
+from trimfit.quant import Grid
+
+Format = Literal["packed", "dense", "gguf"]
+_FORMATS: dict[str, Format] = {"packed": "packed", "dense": "dense", "gguf": "gguf"}
+
+
+def check_format(name: str, config: QuantizeConfig) -> Format:
+    """The format of that name; `InputError` for others, and for what it cannot hold."""
+    found = _FORMATS.get(name)
+    if found is None:
+        raise InputError(f"unknown format {name!r}: choose one of {', '.join(_FORMATS)}")
+    if found == "gguf" and config.transform == "online":
+        raise InputError("a GGUF file cannot hold online transformations: use another --transform, or --format packed")
+    if found == "gguf" and not (config.symmetric and config.bits in (4, 8)):
+        raise InputError("a GGUF file holds symmetric grids of 4 or 8 bits: give --symmetric, and --bits 4 or 8")
+    return found
+
+
+@dataclass(frozen=True)
+class Result:
+    """The checkpoint to write: of which model, in which format, on which grid."""
+
+    opened: InMemory | Offloaded
+    blocks: Sequence[Block]
+    format: Format
+    grid: Grid
+
+    def check(self) -> None:
+        """Raises `InputError` for a model that the format cannot hold."""
+        if self.format == "packed":
+            check_packable(self._model, [layer.name for block in self.blocks for layer in block.layers])
+        if self.format == "gguf":
+            check_gguf(self._model, self.opened.checkpoint.tokenizer, self._grids())
+
+    def check_space(self, parent: Path, beside: int) -> None:
+        """Raises `RunError` when the disk cannot hold the result and `beside` bytes until it is finished."""
+        layers = [layer.weight for block in self.blocks for layer in block.layers]
+        whole = sum(parameter.nbytes for parameter in self._model.parameters())
+        codes = sum(weight.numel() for weight in layers) * self.grid.bits // 8
+        packed = whole - sum(weight.nbytes for weight in layers) + codes
+        check_space(parent, (whole if self.format == "dense" else packed) + beside)
+
+    def save(self, directory: Path, kept: KeptBlocks, sidecar: Mapping[str, Any], report: QuantizeReport) -> None:
+        """Writes it with its records. Errors are those of the writers."""
+        told = {**sidecar, **report.model_dump()}
+        if self.format == "dense":
+            zeros = {f"{record.name}.weight": record.zeros for record in report.layers}
+            save_checkpoint(self.opened.checkpoint, directory, told, sparsity=zeros)
+            return
+        if self.format == "packed":
+            self._pack(directory, kept)
+        else:
+            finished = (kept.finished(block) for block in self.blocks)
+            layers = ((name, layer.quantized) for one in finished for name, layer in one.layers.items())
+            tokenizer = self.opened.checkpoint.tokenizer
+            write_gguf(self._model, tokenizer, self._grids(), layers, directory / "model.gguf")
+        self.opened.checkpoint.tokenizer.save_pretrained(directory)
+        write_sidecar(directory, told)
+
+    def _pack(self, directory: Path, kept: KeptBlocks) -> None:
+        writer = PackedWriter(self._model, directory)
+        for block in self.blocks:
+            finished = kept.finished(block)
+            for name, layer in finished.layers.items():
+                writer.add(name, layer.quantized, None if layer.transform is None else layer.transform.inverses)
+            writer.add_plain(finished.plain)
+        for name, tensor in self._outside():
+            writer.add_plain({name: tensor})
+        writer.finish()
+
+    def _outside(self) -> Iterator[tuple[str, Tensor]]:
+        """What is in no block, one tensor after the other."""
+        inside = tuple(f"{block.name}." for block in self.blocks)
+        for name, tensor in plain_tensors(self._model, ()).items():
+            if not name.startswith(inside):
+                yield name, self.opened.stream.read(name) if isinstance(self.opened, Offloaded) else tensor
+
+    @property
+    def _model(self) -> Any:
+        return self.opened.checkpoint.model
+
+    def _grids(self) -> dict[str, Grid]:
+        layers = [layer for block in self.blocks for layer in block.layers]
+        return {layer.name: self.grid.fitted(layer.weight.shape[1]) for layer in layers}

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trimfit.errors import RunError, ToldElsewhere, TrimfitError
+from trimfit.errors import InputError, RunError, ToldElsewhere, TrimfitError, first_line
 
 _T = TypeVar("_T")
-_SILENCE = timedelta(hours=2)  # between two exchanges; a process that ends is noticed at once
+_SILENCE = timedelta(days=2)  # between two exchanges; a process that ends is noticed at once
 
 
 class Ranks:
@@ -114,18 +114,30 @@ def joined(device: torch.device) -> Generator[Ranks]:
 
     `device` is that of this process.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not launched():
         yield ALONE
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    with _noticing():
-        dist.init_process_group(backend, timeout=_SILENCE)
+    try:
+        with _noticing():
+            dist.init_process_group(backend, timeout=_SILENCE)
+    except ValueError as error:
+        raise InputError(
+            f"RANK and WORLD_SIZE say that this is one of several processes, but {first_line(error)}; start them with "
+            "torchrun, or unset both"
+        ) from error
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+def launched() -> bool:
+    """Whether this is one of several processes, as torchrun tells them; schedulers set WORLD_SIZE for others too."""
+    count = os.environ.get("WORLD_SIZE", "")
+    return "RANK" in os.environ and count.isdigit() and int(count) > 1
 
 
 def local_device(device: torch.device) -> torch.device:
@@ -139,8 +151,10 @@ def local_device(device: torch.device) -> torch.device:
 def _noticing() -> Generator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # gloo and NCCL say it in many ways
         raise RunError(
             "another process of this run has ended or cannot be reached, so it cannot go on; start it again to go on "
-            "from what is finished"
+            f"from what is finished ({first_line(error)})"
         ) from error

@@ -15,9 +15,10 @@ from rich.text import Text
 
 from trimfit.cli import commands, compare, plan
 from trimfit.cli.resume import resume
-from trimfit.errors import ToldElsewhere, TrimfitError
+from trimfit.errors import InputError, ToldElsewhere, TrimfitError
 
 _INTERRUPTED = 130
+_SHARED = ("prune", "quantize", "resume")  # what several processes do together
 _NOTHING_KEPT = "interrupted; nothing was written"
 
 # The base of usage errors, public under no name: Typer imported Click's until it brought its own.
@@ -39,9 +40,15 @@ app.command("compare")(compare.compare)
 
 @app.callback()
 def options(
+    context: typer.Context,
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error. Works in any place."),
 ) -> None:
     """Options of every command."""
+    if "RANK" in os.environ and context.invoked_subcommand not in _SHARED:
+        from trimfit.ranks import launched
+
+        if launched():
+            raise InputError(f"trimfit {context.invoked_subcommand} runs in one process: start it without torchrun")
 
 
 def main() -> None:

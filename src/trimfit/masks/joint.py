@@ -122,14 +122,15 @@ def admm(
 def project(scores: Tensor, pattern: Pattern) -> Tensor:
     """`keep_best` without a sort where no scores are tied at the border. `scores` are (m, n), not negative."""
     if isinstance(pattern, NM):
-        counts = torch.tensor([pattern.m - pattern.n], device=scores.device)
+        counts = torch.tensor([pattern.m - pattern.n])
         runs = scores.reshape(-1, pattern.m)
     else:
-        counts = prune_counts(pattern, (scores.shape[0], scores.shape[1])).to(scores.device)
+        counts = prune_counts(pattern, (scores.shape[0], scores.shape[1]))
         runs = scores.reshape(len(counts), -1)
     lowest, highest = int(counts.min()), int(counts.max())  # they differ by one at most
     if lowest == 0:
         return keep_best(scores, pattern)
+    counts = counts.to(scores.device)
     border = _kth_lowest(runs, lowest)
     if highest > lowest:
         border = torch.where(counts == highest, _kth_lowest(runs, highest), border)

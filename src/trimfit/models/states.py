@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from trimfit.errors import RunError
+
 
 class Kept(Protocol):
     """Hidden states that were put away."""
@@ -54,13 +56,23 @@ class _InMemory:
 class _InFile:
     def __init__(self, states: Tensor, folder: Path | None):
         self._shape, self._dtype, self._bytes = states.shape, states.dtype, states.nbytes
-        descriptor, self._path = tempfile.mkstemp(prefix="states-", dir=folder)
-        with open(descriptor, "wb") as file:
-            states.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tofile(file)
+        self._path: str | None = None
+        data = states.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        try:
+            descriptor, self._path = tempfile.mkstemp(prefix="states-", dir=folder)
+            with open(descriptor, "wb") as file:
+                file.write(data.data)
+        except OSError as error:
+            where = folder or tempfile.gettempdir()
+            raise RunError(
+                f"hidden states cannot be written to {where} ({error.strerror}); free space there"
+            ) from error
 
     def get(self) -> Tensor:
+        assert self._path is not None
         mapped = torch.from_file(self._path, shared=False, size=self._bytes, dtype=torch.uint8)
         return mapped.view(self._dtype).view(self._shape)
 
     def __del__(self) -> None:
-        Path(self._path).unlink(missing_ok=True)
+        if self._path is not None:
+            Path(self._path).unlink(missing_ok=True)

@@ -55,7 +55,7 @@ class InMemory:
 
     def save(self, out: Path, overwrite: bool, record: PruneRecord, run: RunDirectory) -> None:
         """Writes the model as it is now."""
-        beside = run.path / "whole" if run.in_result else run.result  # what is in the result stays until then
+        beside = run.whole if run.in_result else run.result  # what is in the result stays until then
         with atomic_directory(out, overwrite, beside) as directory:
             save_checkpoint(self.checkpoint, directory, record.sidecar(), sparsity=record.zeros())
             record.save_windows(directory)

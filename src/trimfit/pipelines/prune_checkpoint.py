@@ -15,7 +15,7 @@ from trimfit.pipelines.opened import InMemory, Offloaded, check_run_space
 from trimfit.pipelines.prune import PruneRun
 from trimfit.pipelines.prune_record import PruneRecord
 from trimfit.pipelines.records import PruneReport
-from trimfit.pipelines.run_directory import RunDirectory
+from trimfit.pipelines.run_directory import RunDirectory, run_path
 from trimfit.pipelines.run_start import check_same_model, enter_run, identity, there
 from trimfit.pipelines.shared import SharedLedger
 from trimfit.pipelines.windows import draw_windows
@@ -76,7 +76,8 @@ def prune_checkpoint(
 
         windows, sample = ranks.first(lambda: begin(there(run)))
         ledger = SharedLedger(opened.ledger(run) if run else None, ranks)
-        placement = opened.placement(memory_limit, run.path if run else None)
+        folder = run_path(out)  # which processes on other machines may not see
+        placement = opened.placement(memory_limit, folder if folder.is_dir() else None)
         report = PruneRun(model, blocks, windows, config, observer, placement, ranks, ledger).run()
 
         def save(run: RunDirectory) -> None:

@@ -1,5 +1,6 @@
 """Goes on with a run that was ended or killed."""
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,8 @@ def resume(
 ) -> Resumed:
     """Does what is left of a run.
 
-    - `directory`: the output that the run was to write, or the run directory beside it.
+    - `directory`: the output that the run was to write, or the run directory beside it. Relative names of the model
+      and the text are taken from where the run was begun.
     - `device`: to go on with; the one that it began on, if None.
     - `ranks`: the processes that share what is left, not necessarily as many as before.
 
@@ -58,12 +60,15 @@ def resume(
         return finished
     assert request is not None
     device = device or local_device(torch.device(request["device"]))
+    request["out"] = out.absolute()  # which may have been moved, with all that is beside it
     go_on = _quantize if request.get("command") == "quantize" else _prune
-    return go_on(request, device, ranks, observer)
+    began = Path(request.get("directory", ""))
+    with contextlib.chdir(began if began.is_dir() else Path.cwd()):  # names of files were given from there
+        return go_on(request, device, ranks, observer)
 
 
 def _prune(request: dict[str, Any], device: torch.device, ranks: Ranks, observer: Observer | None) -> Resumed:
-    out, calibration = Path(request["out"]), CalibrationConfig.model_validate(request["calibration"])
+    out, calibration = request["out"], CalibrationConfig.model_validate(request["calibration"])
     report = prune_checkpoint(
         request["source"],
         out,
@@ -80,7 +85,7 @@ def _prune(request: dict[str, Any], device: torch.device, ranks: Ranks, observer
 
 
 def _quantize(request: dict[str, Any], device: torch.device, ranks: Ranks, observer: Observer | None) -> Resumed:
-    out, calibration = Path(request["out"]), _calibration(request)
+    out, calibration = request["out"], _calibration(request)
     report = quantize_checkpoint(
         request["source"],
         out,

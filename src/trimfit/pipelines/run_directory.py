@@ -6,6 +6,7 @@ import logging
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -27,7 +28,11 @@ log = logging.getLogger(__name__)
 REQUEST = "run.json"
 _JOURNAL = "journal.jsonl"
 _WINDOWS = "windows.safetensors"
+_RESULT = "result"
+_WHOLE = "whole"
 _MARKS = {REQUEST, _JOURNAL, Path(_JOURNAL).with_suffix(".lock").name}
+_LEFT_OVER = ("states-*", "*.tmp")  # by a run that was killed
+_OURS = (*_MARKS, *_LEFT_OVER, _WINDOWS, _RESULT, _WHOLE, "part-*.safetensors")
 
 
 def run_path(out: Path) -> Path:
@@ -82,13 +87,18 @@ class RunDirectory:
 
     @property
     def result(self) -> Path:
-        """Where to put the output together."""
-        return self.path / "result"
+        """Where to put the output together, block by block."""
+        return self.path / _RESULT
+
+    @property
+    def whole(self) -> Path:
+        """Where to write the output as a whole, while something is in `result`."""
+        return self.path / _WHOLE
 
     @property
     def kept_bytes(self) -> int:
         """Size of the parts on the disk."""
-        return sum(part.file.stat().st_size for part in self.parts.values())
+        return sum(part.file.stat().st_size for part in self.parts.values() if part.file)
 
     def __enter__(self) -> Self:
         if self.path.exists() and not _is_run(self.path):
@@ -119,6 +129,9 @@ class RunDirectory:
 
         `identity` is what must be the same. Raises `InputError` when what is there is of another run.
         """
+        for name in _LEFT_OVER:
+            for file in self.path.glob(name):
+                file.unlink()
         records = self._journal.open(identity)
         if not records:
             self._journal.append({"run": self.id})
@@ -135,7 +148,7 @@ class RunDirectory:
                 log.warning("%s is damaged: it is done again, and what came after it", self.path / damaged)
                 self._journal.forget(number)
                 break
-        request = {"run": self.id, **self._request}
+        request = {"run": self.id, "directory": str(Path.cwd()), **self._request}
         write_durably(self.path / REQUEST, json.dumps(request, indent=1).encode())
         self._opened = True
 
@@ -237,20 +250,21 @@ class RunDirectory:
 
 
 def _is_run(path: Path) -> bool:
-    if not path.is_dir():
-        return False
-    names = {inner.name for inner in path.iterdir()}
-    return not names or not names.isdisjoint(_MARKS)
+    """Whether a directory holds what runs leave behind, and nothing else."""
+    return path.is_dir() and all(any(inner.match(name) for name in _OURS) for inner in path.iterdir())
 
 
 def _remove(path: Path) -> None:
-    """Removes a run directory; until the very end it can be told that it is one."""
-    for inner in path.iterdir():
+    """Removes a run directory, and what is not of a run never; until the very end it can be told that it is one."""
+    for inner in (inner for inner in path.iterdir() if any(inner.match(name) for name in _OURS)):
         if inner.is_dir():
             shutil.rmtree(inner, ignore_errors=True)
         elif inner.name not in _MARKS:
             inner.unlink()
-    shutil.rmtree(path, ignore_errors=True)
+    for name in _MARKS:
+        (path / name).unlink(missing_ok=True)
+    with suppress(OSError):  # somebody has put something in it
+        path.rmdir()
 
 
 def _holds(file: Path, tensors: Mapping[str, str]) -> bool:

@@ -11,7 +11,8 @@ from trimfit.pipelines.records import LayerRecord
 from trimfit.ranks import Ranks
 from trimfit.refit import Auto, Certificate, FactoredGram, RefitSolution, Solver, Status, refit
 
-_FEWEST_ROWS = 64  # in a chunk: fewer are no work for a GEMM
+_FEWEST_ROWS = {"cpu": 64}  # in a chunk: fewer are no work for a GEMM
+_FEWEST_ROWS_ELSEWHERE = 1024
 _MOST_CHUNKS = 16  # of a layer
 
 
@@ -28,7 +29,8 @@ def shared_refit(
     """As `refit`, in chunks of rows that are the same however many processes share them, and so is the result."""
     if isinstance(solver, Auto):
         solver = solver.choose(gram.certifiable, mask)  # for all rows
-    chosen, size = solver, max(_FEWEST_ROWS, -(-len(weight) // _MOST_CHUNKS))
+    fewest = _FEWEST_ROWS.get(weight.device.type, _FEWEST_ROWS_ELSEWHERE)
+    chosen, size = solver, max(fewest, -(-len(weight) // _MOST_CHUNKS))
 
     def solve(rows: slice) -> RefitSolution:
         goal, first = (None if what is None else what[rows] for what in (target, start))

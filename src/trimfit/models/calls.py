@@ -6,6 +6,7 @@ How each block is called is learned by looking: no argument of any family is kno
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -115,14 +116,17 @@ class Chain:
             self._forward(batch)
         return caught[0]
 
-    def predict(self, batch: Tensor, hidden: Tensor, calls: Sequence[Call]) -> Tensor:
-        """The logits (B, L, V) for hidden states behind the last block; `batch` and `calls` are of the same shape."""
+    def predict(self, batch: Tensor, hidden: Tensor, calls: Sequence[Call], positions: Tensor) -> Tensor:
+        """The logits (B, P, V) at P positions for hidden states behind the last block.
+
+        `batch` and `calls` are of the shape of the hidden states.
+        """
 
         def stub(call: Call) -> Callable[..., Any]:
             return lambda *arguments, **keywords: call.give(hidden)
 
         with self._without_blocks([stub(call) for call in calls]):
-            return self._forward(batch)
+            return logits_at(self._model, batch.to(self._model.device, torch.int64), positions)
 
     @contextmanager
     def loading(self) -> Generator[None]:
@@ -157,8 +161,16 @@ class Chain:
             raise self.unsuitable()
         return arguments[0], Call(arguments[1:], keywords)
 
-    def _forward(self, batch: Tensor) -> Tensor:
-        return self._model(input_ids=batch.to(self._model.device, torch.int64), use_cache=False).logits
+    def _forward(self, batch: Tensor) -> None:
+        self._model(input_ids=batch.to(self._model.device, torch.int64), use_cache=False)
+
+
+def logits_at(model: PreTrainedModel, batch: Tensor, positions: Tensor) -> Tensor:
+    """The predictions (B, P, V) at P positions of a batch (B, L); no others are computed, where the model can do so."""
+    positions = positions.to(batch.device)
+    if "logits_to_keep" in signature(model.forward).parameters:
+        return model(input_ids=batch, use_cache=False, logits_to_keep=positions).logits
+    return model(input_ids=batch, use_cache=False).logits[:, positions]
 
 
 def _states(output: Any) -> Tensor:

@@ -39,6 +39,9 @@ class _Seen:
     residual: Tensor | None = None
 
 
+_LOGITS = 2**24  # numbers that are looked at together
+
+
 @dataclass
 class Walker:
     """Hidden states of several sets of windows, all standing before the same block.
@@ -105,16 +108,23 @@ class Walker:
         """Adds a stream to follow: what the block, as it now is, makes of one set of windows. `name` must be new."""
         self._branched[name] = [self._store.keep(self._run(block, batch.get())) for batch in self._hidden[windows]]
 
-    def logits(self, name: str, windows: str) -> Iterator[Tensor]:
-        """The predictions (B, L, V), batch by batch, of a stream that has passed the last block.
+    def spans(self, windows: str) -> Iterator[tuple[int, Tensor]]:
+        """Number of a batch and some positions in it, until all are gone through: few, as logits take much memory."""
+        vocabulary = len(self.model.get_input_embeddings().get_parameter("weight"))
+        for number, tokens in enumerate(self._batches(windows)):
+            at_once = max(1, _LOGITS // (len(tokens) * vocabulary))
+            for positions in torch.arange(tokens.shape[1]).split(at_once):
+                yield number, positions
+
+    def logits(self, name: str, windows: str, number: int, positions: Tensor) -> Tensor:
+        """The predictions (B, P, V) at some `spans` of a stream that has passed the last block.
 
         `windows` is the set that it came from.
         """
+        tokens, hidden = self._batches(windows)[number], self._hidden[name][number].get()
         chain = Chain(self.model, self.blocks, self.placement.loaded)
-        for tokens, hidden in zip(self._batches(windows), self._hidden[name], strict=True):
-            with torch.no_grad(), evaluation_mode(self.model):  # not while somebody else goes on
-                logits = chain.predict(tokens, self._on_device(hidden.get()), self._calls[len(tokens)])
-            yield logits
+        with torch.no_grad(), evaluation_mode(self.model):
+            return chain.predict(tokens, self._on_device(hidden), self._calls[len(tokens)], positions)
 
     def groups(self, block: Block) -> list[Group]:
         """The block's layers by shared input, in the order in which a forward pass reaches them."""

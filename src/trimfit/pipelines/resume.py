@@ -54,13 +54,17 @@ def resume(
     when there is nothing to go on with, or when model, text or versions are not what they were; and as
     `prune_checkpoint` and `quantize_checkpoint` do.
     """
-    out = Path(str(directory).removesuffix(".run")) if directory.name.endswith(".run") else directory
+    out = directory.absolute()
+    if not out.name:
+        raise InputError(f"{directory} cannot be the output of a run; give the directory that the run was to write")
+    out = out.with_name(out.name.removesuffix(".run")) if out.name != ".run" else out
     request, finished = ranks.first(lambda: _look(out))
     if finished is not None:
         return finished
     assert request is not None
-    device = device or local_device(torch.device(request["device"]))
-    request["out"] = out.absolute()  # which may have been moved, with all that is beside it
+    began_on = torch.device(request["device"])
+    device = device or local_device(began_on if ranks.count == 1 else torch.device(began_on.type))
+    request["out"] = out  # which may have been moved, with all that is beside it
     go_on = _quantize if request.get("command") == "quantize" else _prune
     began = Path(request.get("directory", ""))
     with contextlib.chdir(began if began.is_dir() else Path.cwd()):  # names of files were given from there

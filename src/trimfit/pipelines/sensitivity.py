@@ -1,6 +1,5 @@
 """What an error in a layer's output costs the model's predictions, found by making one. No gradients are needed."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from trimfit.errors import InputError
 from trimfit.models import Block, Layer, Walker
 from trimfit.models.hooks import after
+from trimfit.timing import stage
 
 TOKENS = 1024  # about as many are looked at for one number for each layer
 NOISE = 0.1  # of the root mean square of a layer's outputs: of the order of the errors that pruning makes
@@ -52,23 +52,26 @@ class Probe:
         The divergence of the predictions from those without noise, divided by the squared norm of the noise. Call it
         when the walk is over. Raises `InputError` when predictions are not finite.
         """
-        plain = list(self._log_probabilities(self.windows))
-        found = {name: self._sensitivity(name, plain) for name in self._noise}
+        divergences = dict.fromkeys(self._noise, 0.0)
+        with stage("allocation"):
+            for span in self.walker.spans(self.windows):
+                plain = self._log_probabilities(self.windows, *span)
+                for name in divergences:
+                    noisy = self._log_probabilities(name, *span)
+                    part = nn.functional.kl_div(noisy, plain, reduction="sum", log_target=True)
+                    divergences[name] += part.item()
+        found = {name: self._sensitivity(name, divergence) for name, divergence in divergences.items()}
         return {name: found[stream] for name, stream in self._streams.items()}
 
-    def _sensitivity(self, name: str, plain: list[Tensor]) -> float:
-        divergence = sum(
-            nn.functional.kl_div(there, here, reduction="sum", log_target=True).item()
-            for here, there in zip(plain, self._log_probabilities(name), strict=True)
-        )
+    def _sensitivity(self, name: str, divergence: float) -> float:
         if not divergence < float("inf"):
             raise InputError(
                 f"{name}: noise in its outputs gives predictions that are not finite: the model is damaged"
             )
         return divergence / self._noise[name] if self._noise[name] > 0 else 0.0
 
-    def _log_probabilities(self, name: str) -> Iterator[Tensor]:
-        return (logits.float().log_softmax(-1) for logits in self.walker.logits(name, self.windows))
+    def _log_probabilities(self, name: str, batch: int, positions: Tensor) -> Tensor:
+        return self.walker.logits(name, self.windows, batch, positions).float().log_softmax(-1)
 
 
 class _Noise:

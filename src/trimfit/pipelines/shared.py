@@ -40,11 +40,10 @@ def shared_refit(
     own = [solve(rows) for rows in ranks.share(chunks)]
     statuses, counts = list(Status), [rows.stop - rows.start for rows in chunks]
     certificates = [(part.certificate.gap, part.certificate.gain, part.certificate.scale) for part in own]
+    bound = gram.certifiable.raw.new_empty(0)
     return RefitSolution(
         weight=ranks.gather([part.weight for part in own], counts, weight.float()),
-        certificate=Certificate(
-            *(ranks.gather([c[i] for c in certificates], counts, weight.new_empty(0).double()) for i in range(3))
-        ),
+        certificate=Certificate(*(ranks.gather([c[i] for c in certificates], counts, bound) for i in range(3))),
         status=statuses[int(ranks.largest(max((statuses.index(part.status) for part in own), default=0)))],
         steps=int(ranks.largest(max((part.steps for part in own), default=0))),
         damping=gram.certifiable.damping,

@@ -65,6 +65,7 @@ def test_what_cannot_fit_is_refused(here: Callable[..., Outcome], tiny: Path, mo
         (("--sparsity", "2"), "--sparsity"),
         (("--offload", "--calibration", "self"), "leave out --offload"),
         (("--memory-limit", "much"), "--memory-limit"),
+        (("--memory-limit", "8"), "--memory-limit takes a size such as 8GiB"),
     ],
 )
 def test_what_prune_refuses_plan_refuses(

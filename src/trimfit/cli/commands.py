@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import ByteSize, TypeAdapter, ValidationError
+from pydantic import ByteSize, TypeAdapter
 
 from trimfit.cli import options
 from trimfit.errors import InputError
@@ -266,6 +266,8 @@ def size(text: str | None) -> int | None:
     if text is None:
         return None
     try:
+        if text.strip().isdigit():
+            raise ValueError("bytes are hardly meant")
         return int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError:
+    except ValueError:
         raise InputError(f"--memory-limit takes a size such as 8GiB or 500MB, but it is {text!r}") from None

@@ -149,8 +149,8 @@ def _file_bytes(model: Outline, job: Job) -> int:
     if not job.offload:
         return 4 * model.bytes + 2 * layers  # loaded, fingerprinted, written, verified
     walks = 2 if job.config.split != "uniform" else 1
-    # Checked and fingerprinted, copied, causality; each walk looks at two windows first; layers patched and verified.
-    return 4 * model.bytes + (1 + 4 * walks) * in_blocks + in_blocks + 4 * layers
+    # Checked and fingerprinted, copied, compared; causality; each walk sees two windows first; layers kept, and moved.
+    return 5 * model.bytes + (1 + 4 * walks) * in_blocks + in_blocks + 4 * layers
 
 
 def seconds(work: Costs, rates: dict[str, float]) -> dict[str, float]:

@@ -152,9 +152,11 @@ def _blocks(held: Memory, states: float, job: Job) -> tuple[float, float]:
 
 
 def disk_bytes(model: Outline, job: Job, limit: int | None) -> int:
-    """The output, the layers that are finished beside it, and the hidden states above the limit."""
+    """The output, the finished layers beside it (of one block, if offloaded), and hidden states above the limit."""
     spilled = 0.0 if limit is None else max(0.0, memory(model, job).states - limit)
-    return int(model.bytes + model.weights * model.dtype.itemsize + spilled)
+    weights = [sum(rows * group.inputs for group in block.groups for rows in group.rows) for block in model.blocks]
+    beside = max(weights, default=0) if job.offload else sum(weights)
+    return int(model.bytes + beside * model.dtype.itemsize + spilled)
 
 
 def capacity(device: torch.device, out: Path) -> Capacity:

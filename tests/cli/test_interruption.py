@@ -150,7 +150,7 @@ def test_disk_full_while_quantizing(
     tiny: Path, here: Here, mount: Mount, monkeypatch: pytest.MonkeyPatch, command: str, size: str
 ) -> None:
     """In the middle of the blocks, as something else fills the disk, or of the output; then as for `prune`."""
-    monkeypatch.setattr("trimfit.pipelines.quantize_save.check_space", lambda parent, needed: None)
+    monkeypatch.setattr("trimfit.pipelines.opened.check_space", lambda parent, needed: None)
     disk = mount(f"size={size}")
     name, *options = COMMANDS[command]
     outcome = here(name, tiny, "-o", disk / "out", *options)

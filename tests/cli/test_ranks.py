@@ -4,12 +4,13 @@ import json
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cli_helpers import environment, make_model, nothing_but, save_model, trimfit
+from cli_helpers import Outcome, environment, make_model, nothing_but, save_model, trimfit
 from safetensors.torch import load_file
 
 PROGRAM = Path(__file__).with_name("forked_ranks.py")
@@ -121,3 +122,52 @@ def test_wrong_input_is_said_once(model: Path, text: Path, tmp_path: Path) -> No
     assert [one.status for one in ended] == [2, 2]
     assert "out exists already" in ended[0].stderr
     assert ended[1].stderr == ""
+
+
+# Quantization
+
+
+def assert_quantized_alike(out: Path, alone: Path) -> None:
+    """Each row is rounded on its own, but products of fewer rows may sum otherwise, which decides where it is close."""
+    assert {path.name for path in out.iterdir()} == {path.name for path in alone.iterdir()}
+    found, expected = (load_file(next(directory.glob("*.safetensors"))) for directory in (out, alone))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name] != tensor).float().mean() < 1e-2, name
+    mine, other = (json.loads((d / "trimfit.json").read_text()) for d in (out, alone))
+    assert mine["fingerprints"] == other["fingerprints"]
+    assert (mine["refused"], mine["windows"]) == (other["refused"], other["windows"])
+    for one, two in zip(mine["layers"], other["layers"], strict=True):
+        assert (one["name"], one["transform"], one["tokens"]) == (two["name"], two["transform"], two["tokens"])
+        assert one["weight_error"] == pytest.approx(two["weight_error"], rel=1e-3)
+
+
+Here = Callable[..., Outcome]
+ONLINE = ("--transform", "online", "--learned-steps", "2", "--calibration", "self", *OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("count", "options"), [(3, ()), (2, ONLINE)], ids=["without data", "with its own data, online"]
+)
+def test_quantization_is_shared(model: Path, tmp_path: Path, here: Here, count: int, options: tuple[str, ...]) -> None:
+    command = ("quantize", model, "--bits", "3", *options)
+    ended = run(count, *command, "-o", tmp_path / "out")
+    assert [one.status for one in ended] == [0] * count, ended
+    assert [one.stdout.count("written to") for one in ended] == [1] + [0] * (count - 1)
+    assert here(*command, "-o", tmp_path / "alone").status == 0
+    assert nothing_but(tmp_path, ["out", "alone"])
+    assert_quantized_alike(tmp_path / "out", tmp_path / "alone")
+
+
+def test_quantization_ends_with_one_that_dies_and_goes_on(model: Path, text: Path, tmp_path: Path, here: Here) -> None:
+    command = ("quantize", model, "--format", "dense", "--calibration", text, *OPTIONS)
+    ended = run(2, *command, "-o", tmp_path / "out", victim=1)
+    assert [one.status for one in ended] == [1, -9]
+    message = ended[0].stderr.strip().splitlines()[-1]
+    assert message.startswith("error: another process of this run has ended or cannot be reached")
+    assert nothing_but(tmp_path, ["out.run"])
+    assert (tmp_path / "out.run" / "part-00000.safetensors").is_file()
+    assert [one.status for one in run(2, "resume", tmp_path / "out")] == [0, 0]
+    assert here(*command, "-o", tmp_path / "alone").status == 0
+    assert nothing_but(tmp_path, ["out", "alone"])
+    assert_quantized_alike(tmp_path / "out", tmp_path / "alone")

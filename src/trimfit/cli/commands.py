@@ -180,6 +180,7 @@ def quantize(
     from trimfit.checkpoints import resolve_device
     from trimfit.cli import show
     from trimfit.pipelines import QuantizeConfig, check_format, quantize_checkpoint
+    from trimfit.ranks import joined, local_device
 
     asked: dict[str, Any] = {
         "bits": bits,
@@ -202,18 +203,21 @@ def quantize(
         )
     output = output.expanduser()
     show.quiet_libraries()
-    with show.progress(quiet=json) as observer:
+    here = local_device(resolve_device(device))
+    with joined(here) as ranks, show.progress(quiet=json or not ranks.is_first) as observer:
         report = quantize_checkpoint(
             options.model_source(model),
             output,
             config,
             windows,
             format=checked,
-            device=resolve_device(device),
+            device=here,
             overwrite=overwrite,
+            ranks=ranks,
             observer=observer,
         )
-    show.quantize(report, calibration, checked, output, as_json=json)
+    if ranks.is_first:
+        show.quantize(report, calibration, checked, output, as_json=json)
 
 
 def evaluate(

@@ -22,14 +22,16 @@ from trimfit.models import (
     together,
 )
 from trimfit.pipelines.checks import check_finite, check_tokens
-from trimfit.pipelines.finished_block import BlockRecord, FinishedBlock
+from trimfit.pipelines.finished_block import BlockRecord
 from trimfit.pipelines.observer import Observer, Silent
 from trimfit.pipelines.quantize_block import BlockWork
 from trimfit.pipelines.quantize_config import QuantizeConfig
 from trimfit.pipelines.quantize_ledger import QuantizeLedger, Sink, ToSink
 from trimfit.pipelines.quantize_records import QuantizeReport
 from trimfit.pipelines.records import peak_memory, versions
+from trimfit.pipelines.shared import share_state
 from trimfit.pipelines.weight_moments import WeightMoments
+from trimfit.ranks import ALONE, Ranks
 
 
 def quantize(
@@ -72,8 +74,9 @@ class QuantizeRun:
     - `blocks`: with the layers to quantize, whose weights are finite.
     - `calibration`: (N, L) int64 windows, or without data what the weights tell of the hidden states.
     - `config`, `observer`, `scale_dtype`: as for `quantize`.
-    - `ledger`: asked for what is finished already, and given what is finished.
+    - `ledger`: asked for what is finished already, and given what is finished; None in processes but the first.
     - `placement`: where weights come from and hidden states wait.
+    - `ranks`: the processes that share the run.
     - `device`: where blocks are when their turn comes; where the model is, if None.
     """
 
@@ -82,14 +85,15 @@ class QuantizeRun:
     calibration: Tensor | WeightMoments
     config: QuantizeConfig
     observer: Observer
-    ledger: QuantizeLedger
+    ledger: QuantizeLedger | None
     placement: Placement = IN_MEMORY
+    ranks: Ranks = ALONE
     scale_dtype: torch.dtype | None = None
     device: torch.device | None = None
 
     def run(self) -> QuantizeReport:
         """Quantizes the blocks in their order. Raises `InputError` before anything changes if something is wrong."""
-        start = time.perf_counter() - self.ledger.seconds
+        start = time.perf_counter() - self.ranks.first(lambda: self._first.seconds)
         tokens = self.calibration if isinstance(self.calibration, Tensor) else None
         total = sum(layer.weight.numel() for block in self.blocks for layer in block.layers)
         done = 0
@@ -120,20 +124,16 @@ class QuantizeRun:
         """Quantizes each block with what its weights and those before it tell."""
         for block in self.blocks:
             with self.placement.loaded(block):
-                finished = self._finish(block, lambda work: self._round_without_data(work, moments), start)
-                if finished.moment is not None:
-                    moments.stream.moment = finished.moment
-                yield finished.record
+                yield self._finish(block, lambda work: self._round_without_data(work, moments), start)
+                moments.stream.moment = self.ranks.same(moments.stream.moment)
 
-    def _round_without_data(self, work: BlockWork, moments: WeightMoments) -> Tensor:
-        """Gives the second moment of the hidden states behind the block."""
+    def _round_without_data(self, work: BlockWork, moments: WeightMoments) -> None:
         flow = find_flow(self.model, work.block.name)
         grams: dict[str, Tensor] = {} if flow is None else moments.grams(flow, work.weights)
         for layers in work.groups():
             work.quantize(layers, work.gram_of(layers, grams), data=False)
         if self.config.rounding == "alternating":
-            work.round_pairs()
-        return moments.stream.moment
+            self.ranks.first_only(work.round_pairs)
 
     def _with_data(self, tokens: Tensor, start: float) -> Iterator[BlockRecord]:
         """Quantizes each block with Gram matrices of calibration windows, seen through what is quantized already."""
@@ -141,22 +141,45 @@ class QuantizeRun:
         with Chain(self.model, self.blocks, self.placement.loaded).loading():
             check_causal(self.model, tokens[0].long())
         self.observer.stage("reading the calibration windows")
-        walker = Walker(self.model, self.blocks, {"fit": tokens}, self.config.batch_size, placement=self.placement)
+        size = self.config.batch_size
+        walker = Walker(self.model, self.blocks, {"fit": tokens}, size, placement=self.placement, ranks=self.ranks)
         for block in walker:
-            yield self._finish(block, lambda work: _round_with_data(work, walker), start).record
+            yield self._finish(block, lambda work: _round_with_data(work, walker), start)
+            share_state(self.ranks, block)
 
-    def _finish(self, block: Block, quantize: Callable[[BlockWork], Tensor | None], start: float) -> FinishedBlock:
-        """The block as an earlier run left it, or as `quantize` makes it now, which is kept. The model has it then."""
+    def _finish(self, block: Block, quantize: Callable[[BlockWork], None], start: float) -> BlockRecord:
+        """The block as an earlier run left it, or as `quantize` makes it now, which is kept.
+
+        Then the model of the first process has it.
+        """
         self.observer.stage(f"block {block.index + 1} of {len(self.blocks)}")
-        finished = self.ledger.restore(block)
-        if finished is not None:
-            finished.write(block)
-            return finished
-        work = BlockWork(block, find_folds(self.model, block.name), self.config, self.scale_dtype)
-        finished = work.finished(quantize(work))
+        record = self.ranks.first(lambda: self._restore(block))
+        if record is None:
+            work = BlockWork(block, find_folds(self.model, block.name), self.config, self.scale_dtype, self.ranks)
+            quantize(work)
+            record = self.ranks.first(lambda: self._keep(work, start))
+        return record
+
+    def _restore(self, block: Block) -> BlockRecord | None:
+        finished = self._first.restore(block)
+        if finished is None:
+            return None
         finished.write(block)
-        self.ledger.keep(finished, time.perf_counter() - start)
-        return finished
+        if isinstance(self.calibration, WeightMoments) and finished.moment is not None:
+            self.calibration.stream.moment = finished.moment
+        return finished.record
+
+    def _keep(self, work: BlockWork, start: float) -> BlockRecord:
+        moment = self.calibration.stream.moment if isinstance(self.calibration, WeightMoments) else None
+        finished = work.finished(moment)
+        finished.write(work.block)
+        self._first.keep(finished, time.perf_counter() - start)
+        return finished.record
+
+    @property
+    def _first(self) -> QuantizeLedger:
+        assert self.ledger is not None
+        return self.ledger
 
 
 def _round_with_data(work: BlockWork, walker: Walker) -> None:

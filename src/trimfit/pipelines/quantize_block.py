@@ -17,11 +17,13 @@ from trimfit.pipelines.fold_block import fold_block, is_pruned
 from trimfit.pipelines.quantize_config import QuantizeConfig
 from trimfit.pipelines.quantize_records import QuantizedRecord
 from trimfit.pipelines.records import peak_memory
+from trimfit.pipelines.shared import share_state, shared_rounding, shared_transform
 from trimfit.quant import Grid, Quantized, place_levels
 from trimfit.quant.blocks import BlockTransform, best_transform, block_size
 from trimfit.quant.learned import learned_transform
 from trimfit.quant.pair_rounding import Pair, round_pair
 from trimfit.quant.rounding import gram_error, round_to_gram
+from trimfit.ranks import ALONE, Ranks
 from trimfit.refit import FactoredGram
 from trimfit.refit.gram import widest
 
@@ -50,6 +52,7 @@ class BlockWork:
     """Float32 copies of a block's weights, folded, and the layers quantized so far.
 
     - `scale_dtype`: in which scales must be exact; the model's where None.
+    - `ranks`: the processes that share the block: the first folds and finds transformations, all round rows of layers.
 
     Making one folds transformations into the norms and biases of the model, as far as the config wants them.
     """
@@ -58,6 +61,7 @@ class BlockWork:
     folds: Folds
     config: QuantizeConfig
     scale_dtype: torch.dtype | None = None
+    ranks: Ranks = ALONE
     weights: dict[str, Tensor] = field(init=False)
     layers: dict[str, QuantizedLayer] = field(init=False, default_factory=dict[str, QuantizedLayer])
     left_out: list[str] = field(init=False)
@@ -69,7 +73,8 @@ class BlockWork:
         }
         self._dtypes = {name: layer.weight.dtype for name, layer in self._by_name.items()}
         self._pruned = {name: is_pruned(weight) for name, weight in self.weights.items()}
-        self._folded, left_out = fold_block(self.folds, self.weights, self.config)
+        self._folded, left_out = self.ranks.first(lambda: fold_block(self.folds, self.weights, self.config))
+        share_state(self.ranks, self.block, self.weights.values())
         self.left_out = [] if self.config.transform == "none" else [*self.folds.refused, *left_out]
 
     def groups(self) -> Iterator[tuple[Layer, ...]]:
@@ -111,27 +116,32 @@ class BlockWork:
         """
         damping = self.config.damping_for(data=data) if damping is None else damping
         start = time.perf_counter()
-        transform = self._find_transform(layers)
+        transform = shared_transform(lambda: self._find_transform(layers), self.weights[layers[0].name], self.ranks)
         factored: list[FactoredGram] = []
         if self.config.rounding == "alternating" and (gram is not None or transform is not None):
             damped = _damped(gram, layers[0].weight, damping)
             damped = damped if transform is None else transform.gram(damped)
             factored = [FactoredGram(damped[part, part]) for part in self._parts(len(damped), data=data)]
         for layer in layers:
-            weight = self.weights[layer.name]
-            weight = weight if transform is None else transform.forward(weight)
-            grid = self.config.grid.fitted(weight.shape[1])
-            dtype = self._dtypes[layer.name] if self.scale_dtype is None else self.scale_dtype
-            with naming(layer):
-                if not factored:
-                    quantized = place_levels(weight, grid, dtype=dtype).nearest(weight)
-                else:
-                    kept = weight != 0 if self._pruned[layer.name] else None
-                    quantized = _round(weight, grid, factored, dtype, kept)
-            seconds = time.perf_counter() - start
-            quantized = replace(quantized, scale=quantized.scale.to(self._dtypes[layer.name]))
-            self.layers[layer.name] = QuantizedLayer(quantized, transform, gram, data, seconds)
+            quantized = self._round_layer(layer, transform, factored)
+            self.layers[layer.name] = QuantizedLayer(quantized, transform, gram, data, time.perf_counter() - start)
             start = time.perf_counter()
+
+    def _round_layer(
+        self, layer: Layer, transform: BlockTransform | None, factored: Sequence[FactoredGram]
+    ) -> Quantized:
+        weight, stored = self.weights[layer.name], self._dtypes[layer.name]
+        weight = weight if transform is None else transform.forward(weight)
+        grid = self.config.grid.fitted(weight.shape[1])
+        dtype = self.scale_dtype or stored
+        kept = weight != 0 if self._pruned[layer.name] else None
+
+        def round_rows(rows: slice) -> Quantized:
+            return _round(weight[rows], grid, factored, dtype, None if kept is None else kept[rows])
+
+        with naming(layer):
+            quantized = shared_rounding(round_rows, weight, grid, dtype, self.ranks)
+        return replace(quantized, scale=quantized.scale.to(stored))
 
     def round_pairs(self) -> None:
         """Rounds V and O of each pair in turns, against each other; kept where their product gets nearer.
@@ -252,7 +262,9 @@ def _as_stored(transform: BlockTransform, dtype: torch.dtype) -> BlockTransform:
 def _round(
     weight: Tensor, grid: Grid, grams: Sequence[FactoredGram], dtype: torch.dtype, kept: Tensor | None
 ) -> Quantized:
-    """Error feedback within runs of columns, each with its own Gram matrix."""
+    """Error feedback within runs of columns, each with its own Gram matrix; to nearest without any."""
+    if not grams:
+        return place_levels(weight, grid, dtype=dtype).nearest(weight)
     widths = [gram.size for gram in grams]
     kepts = [None] * len(grams) if kept is None else kept.split(widths, 1)
     parts = [

@@ -5,23 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from trimfit.calibration import CalibrationConfig
+from trimfit.calibration import CalibrationConfig, SelfSample
 from trimfit.checkpoints import atomic_directory, load_checkpoint
 from trimfit.checkpoints.stream import open_stream
 from trimfit.models import find_blocks, select_layers
 from trimfit.pipelines.checks import check_stream
 from trimfit.pipelines.observer import Observer, Silent
-from trimfit.pipelines.opened import InMemory, Offloaded
-from trimfit.pipelines.prune_record import FORMAT
+from trimfit.pipelines.opened import InMemory, Offloaded, check_run_space
 from trimfit.pipelines.quantize import QuantizeRun
 from trimfit.pipelines.quantize_config import QuantizeConfig
 from trimfit.pipelines.quantize_ledger import KeptBlocks
 from trimfit.pipelines.quantize_records import QuantizeReport
-from trimfit.pipelines.quantize_save import Format, Result
-from trimfit.pipelines.run_start import enter_run, identity
+from trimfit.pipelines.quantize_save import Format, QuantizeRecord, Result
+from trimfit.pipelines.run_directory import RunDirectory
+from trimfit.pipelines.run_start import check_same_model, enter_run, identity, there
 from trimfit.pipelines.weight_moments import WeightMoments
-from trimfit.pipelines.windows import SAMPLED, digest, draw_windows
+from trimfit.pipelines.windows import draw_windows
+from trimfit.ranks import ALONE, Ranks
 
 
 def quantize_checkpoint(
@@ -33,6 +35,7 @@ def quantize_checkpoint(
     format: Format = "packed",
     device: torch.device,
     overwrite: bool = False,
+    ranks: Ranks = ALONE,
     observer: Observer | None = None,
 ) -> QuantizeReport:
     """Loads `source`, quantizes it and writes `out`, a checkpoint with a `trimfit.json` in it.
@@ -41,6 +44,7 @@ def quantize_checkpoint(
     - `format`: "packed" is compressed-tensors `pack-quantized`, which plain transformers and vLLM load; with online
       transformations it is one that only `trimfit.load` does. "dense" holds the levels as ordinary weights. "gguf" is
       one file for llama.cpp, for the grids that it can hold exactly.
+    - `ranks`: the processes that share the work; only the first of them writes.
 
     "packed" without calibration holds one decoder block in memory at a time, if `open_stream` can read the files so;
     everything else holds the model. What is finished is kept in a `RunDirectory` beside `out`: when a run was ended or
@@ -56,26 +60,31 @@ def quantize_checkpoint(
         "config": config.model_dump(),
         "calibration": None if calibration is None else calibration.model_dump(),
         "file_format": format,
-        "device": str(device),
+        "device": str(device) if ranks.count == 1 else device.type,
         "overwrite": overwrite,
     }
     with ExitStack() as stack:
-        run = enter_run(stack, source, out, overwrite, request)
+        run = ranks.first_only(lambda: enter_run(stack, source, out, overwrite, request))
         observer.stage(f"loading {source}")
         stream = open_stream(source, device) if format == "packed" and calibration is None else None
         opened = InMemory(load_checkpoint(source, device)) if stream is None else Offloaded(stream)
         checkpoint = opened.checkpoint
         model, blocks = checkpoint.model, select_layers(checkpoint.model, find_blocks(checkpoint.model), config.ignore)
         result = Result(opened, blocks, format, config.grid)
-        result.check()
+        ranks.first(result.check)
         model_fingerprint = opened.prepare(blocks) if stream is None else check_stream(stream)
-        run.open(_identity(model_fingerprint, config, calibration, format))
-        kept = KeptBlocks(run, config.grid, opened.device)
-        hidden = model.config.get_text_config(decoder=True).hidden_size if calibration is None else 0
-        result.check_space(out.absolute().parent, kept.missing_bytes(blocks, hidden))
-        windows, sample = None, None
-        if calibration is not None:
-            windows, sample = run.windows(lambda: draw_windows(checkpoint, calibration, config.batch_size, observer))
+        check_same_model(source, model_fingerprint, ranks)
+
+        def begin(run: RunDirectory) -> tuple[Tensor | None, SelfSample | None]:
+            check_run_space(out, result.disk(data=calibration is not None), run)
+            run.open(_identity(model_fingerprint, config, calibration, format))
+            text = calibration
+            if text is None:
+                return None, None
+            return run.windows(lambda: draw_windows(checkpoint, text, config.batch_size, observer))
+
+        windows, sample = ranks.first(lambda: begin(there(run)))
+        kept = KeptBlocks(run, config.grid, opened.device) if run else None
         report = QuantizeRun(
             model,
             blocks,
@@ -84,24 +93,29 @@ def quantize_checkpoint(
             observer,
             kept,
             opened.placement(None, None),
+            ranks,
             torch.float16 if format == "gguf" and model.dtype == torch.float32 else None,  # 16-bit scales are exact
             opened.device,
         ).run()
-        sidecar: dict[str, Any] = {
-            "format": FORMAT,
-            "run": run.id,
-            "source": checkpoint.source,
-            "file_format": format,
-            "calibration": None if calibration is None else calibration.model_dump(),
-            "device": str(opened.device),
-            "fingerprints": {"model": model_fingerprint, "tokens": None if windows is None else digest(windows)},
-            "self_sample": sample.record() if sample else None,
-        }
+
+        def save(run: RunDirectory) -> None:
+            record = QuantizeRecord(
+                checkpoint.source,
+                opened.device,
+                model_fingerprint,
+                calibration,
+                windows,
+                sample,
+                report,
+                run.id,
+                format,
+            )
+            with atomic_directory(out, overwrite, run.result) as directory:
+                result.save(directory, KeptBlocks(run, config.grid, opened.device), record)
+                record.save_windows(directory)
+
         observer.stage(f"writing {out}")
-        with atomic_directory(out, overwrite, run.result) as directory:
-            result.save(directory, kept, sidecar, report)
-            if sample is not None and calibration is not None:
-                sample.save(directory / SAMPLED, calibration.seed)
+        ranks.first(lambda: save(there(run)))
     return report
 
 

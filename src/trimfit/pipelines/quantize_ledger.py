@@ -1,6 +1,6 @@
 """What a quantization leaves behind on its way: for its caller to take, or for another run to go on from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -76,11 +76,6 @@ class KeptBlocks:
         found = self.restore(block)
         assert found is not None
         return found
-
-    def missing_bytes(self, blocks: Sequence[Block], moment: int) -> int:
-        """About how many are still to be written, with a moment (n, n) of n = `moment` for each block; 0 for none."""
-        codes = sum(layer.weight.numel() for block in blocks for layer in block.layers)
-        return max(0, codes + len(blocks) * 4 * moment**2 - self._run.kept_bytes)
 
     def keep(self, finished: FinishedBlock, seconds: float) -> None:
         """Writes a block that is finished, and returns when it is on the disk."""

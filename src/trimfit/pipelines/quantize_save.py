@@ -1,17 +1,18 @@
 """Puts the blocks that a quantization has kept together to a checkpoint, one of them in memory at a time."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from trimfit.checkpoints import check_space, save_checkpoint, write_sidecar
+from trimfit.checkpoints import save_checkpoint, write_sidecar
 from trimfit.checkpoints.gguf import check_gguf, write_gguf
 from trimfit.checkpoints.packed import PackedWriter, check_packable, plain_tensors
 from trimfit.errors import InputError
 from trimfit.models import Block
+from trimfit.pipelines.checkpoint_record import CheckpointRecord
 from trimfit.pipelines.opened import InMemory, Offloaded
 from trimfit.pipelines.quantize_config import QuantizeConfig
 from trimfit.pipelines.quantize_ledger import KeptBlocks
@@ -35,6 +36,22 @@ def check_format(name: str, config: QuantizeConfig) -> Format:
 
 
 @dataclass(frozen=True)
+class QuantizeRecord(CheckpointRecord):
+    """How a quantized model came about; see `CheckpointRecord`."""
+
+    report: QuantizeReport
+    file_format: Format = "packed"
+
+    def sidecar(self) -> dict[str, Any]:
+        """What `trimfit.json` holds."""
+        return {**super().sidecar(), "file_format": self.file_format}
+
+    def zeros(self) -> dict[str, float]:
+        """For each quantized weight, by its layer's name and ".weight", the share of zeros that it must have."""
+        return {f"{record.name}.weight": record.zeros for record in self.report.layers}
+
+
+@dataclass(frozen=True)
 class Result:
     """The checkpoint to write: of which model, in which format, on which grid."""
 
@@ -50,20 +67,19 @@ class Result:
         if self.format == "gguf":
             check_gguf(self._model, self.opened.checkpoint.tokenizer, self._grids())
 
-    def check_space(self, parent: Path, beside: int) -> None:
-        """Raises `RunError` when the disk cannot hold the result and `beside` bytes until it is finished."""
+    def disk(self, *, data: bool) -> int:
+        """Bytes that a run writes: the result and, until it is finished, the blocks, without data with moments."""
         layers = [layer.weight for block in self.blocks for layer in block.layers]
+        codes = sum(weight.numel() for weight in layers)  # a byte each while they wait
         whole = sum(parameter.nbytes for parameter in self._model.parameters())
-        codes = sum(weight.numel() for weight in layers) * self.grid.bits // 8
-        packed = whole - sum(weight.nbytes for weight in layers) + codes
-        check_space(parent, (whole if self.format == "dense" else packed) + beside)
+        packed = whole - sum(weight.nbytes for weight in layers) + codes * self.grid.bits // 8
+        width = 0 if data else self._model.config.get_text_config(decoder=True).hidden_size
+        return (whole if self.format == "dense" else packed) + codes + 4 * width**2 * len(self.blocks)
 
-    def save(self, directory: Path, kept: KeptBlocks, sidecar: Mapping[str, Any], report: QuantizeReport) -> None:
+    def save(self, directory: Path, kept: KeptBlocks, record: QuantizeRecord) -> None:
         """Writes it with its records. Errors are those of the writers."""
-        told = {**sidecar, **report.model_dump()}
         if self.format == "dense":
-            zeros = {f"{record.name}.weight": record.zeros for record in report.layers}
-            save_checkpoint(self.opened.checkpoint, directory, told, sparsity=zeros)
+            save_checkpoint(self.opened.checkpoint, directory, record.sidecar(), sparsity=record.zeros())
             return
         if self.format == "packed":
             self._pack(directory, kept)
@@ -73,7 +89,7 @@ class Result:
             tokenizer = self.opened.checkpoint.tokenizer
             write_gguf(self._model, tokenizer, self._grids(), layers, directory / "model.gguf")
         self.opened.checkpoint.tokenizer.save_pretrained(directory)
-        write_sidecar(directory, told)
+        write_sidecar(directory, record.sidecar())
 
     def _pack(self, directory: Path, kept: KeptBlocks) -> None:
         writer = PackedWriter(self._model, directory)

@@ -98,6 +98,7 @@ def _quantize(request: dict[str, Any], device: torch.device, ranks: Ranks, obser
         format=request["file_format"],
         device=device,
         overwrite=request["overwrite"],
+        ranks=ranks,
         observer=observer,
     )
     return Resumed(out, calibration, report, request["file_format"])

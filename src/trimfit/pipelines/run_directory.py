@@ -95,11 +95,6 @@ class RunDirectory:
         """Where to write the output as a whole, while something is in `result`."""
         return self.path / _WHOLE
 
-    @property
-    def kept_bytes(self) -> int:
-        """Size of the parts on the disk."""
-        return sum(part.file.stat().st_size for part in self.parts.values() if part.file)
-
     def __enter__(self) -> Self:
         if self.path.exists() and not _is_run(self.path):
             raise InputError(f"{self.path} is in the way: it is not the directory of a run; choose another output")

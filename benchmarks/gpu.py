@@ -4,33 +4,40 @@
     python benchmarks/gpu.py --size tiny                                          # on any CPU, in seconds
 
 From a bare checkout, with nothing downloaded: models are built from their configs, with weights whose activations have
-spectra and outlier channels like those of trained models (synthetic.py tells how). With --blocks K only the first K
-blocks are built and pruned; the column "whole model" is then the time multiplied by blocks / K: an extrapolation, not a
-measurement. It leaves out what grows with the square of the blocks, the forward passes of the allocation of `joint`.
+spectra and outlier channels like those of trained models (synthetic.py tells how), and written to a temporary directory
+(--folder), where there must be room for two of the largest. Each row is a whole `prune --offload` of that checkpoint,
+from its files to the output's; "opening and closing" is what is before and behind the blocks: fingerprint, windows,
+verification. With --blocks K only the first K blocks are built and pruned; the column "whole model" is then the time
+multiplied by blocks / K: an extrapolation, not a measurement. It leaves out what grows with the square of the blocks,
+the forward passes of the allocation of `joint`.
 
 Shares are what the arithmetic of docs/scale.md counts for a stage, over the time that the stage took and the rate that
 was measured in the same run: of a large matrix product in the dtype concerned ("GEMM"), of a copy ("memory").
 """
 
 import argparse
-import resource
+import gc
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from common import machine, quiet
-from synthetic import SHAPES, build, fill, tokens
-from transformers import PreTrainedModel
+from synthetic import SHAPES, build, save, tokens
 from transformers.configuration_utils import PreTrainedConfig
 
-from trimfit import PruneConfig, PruneReport, QuantizeConfig, prune, quantize
+from trimfit import CalibrationConfig, PruneConfig, PruneReport, QuantizeConfig, prune_checkpoint
 from trimfit.calibration import held_out_count
 from trimfit.models.outline import outline
+from trimfit.pipelines import quantize_checkpoint
 from trimfit.pipelines.cost import Costs, Job, costs
 from trimfit.throughput import Throughput, measure_throughput
 
-STAGES = ("forward", "gram", "factorisation", "mask", "refit", "errors", "load")
+STAGES = ("allocation", "forward", "gram", "factorisation", "order", "mask", "refit", "errors", "load", "save")
 METHODS = {
     "Wanda + refit": {"selector": "wanda", "target": "layer"},
     "SparseGPT + refit": {"selector": "sparsegpt", "target": "layer"},
@@ -41,13 +48,15 @@ PATTERNS = {"50 %": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}}
 
 @dataclass(frozen=True)
 class Case:
-    """One model on one device: as built, with `blocks` of the `whole` number of blocks, and its windows."""
+    """One model on one device: its checkpoint, with `blocks` of the `whole` number of blocks, and its windows."""
 
     name: str
     config: PreTrainedConfig
     whole: int
-    model: PreTrainedModel
-    windows: torch.Tensor
+    source: Path
+    windows: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
     rates: Throughput
 
     @property
@@ -55,9 +64,26 @@ class Case:
         """What seconds are multiplied by for the whole model."""
         return self.whole / self.config.num_hidden_layers
 
+    @property
+    def out(self) -> Path:
+        """Where outputs are written, each over the one before."""
+        return self.source.with_name("out")
 
-def cases(names: list[str], blocks: int | None, shape: tuple[int, int], device: torch.device) -> Iterator[Case]:
-    """Each model in turn, on the device."""
+
+@dataclass(frozen=True)
+class Measured:
+    """A run: its report, seconds from its start to its end, and peaks of memory in GiB."""
+
+    report: PruneReport
+    seconds: float
+    device: str
+    host: str
+
+
+def cases(
+    names: list[str], blocks: int | None, windows: tuple[int, int], device: torch.device, folder: str | None
+) -> Iterator[Case]:
+    """Each model in turn, in files that are there until the next is asked for."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rates = measure_throughput(device, dtype)
     print(
@@ -70,43 +96,54 @@ def cases(names: list[str], blocks: int | None, shape: tuple[int, int], device: 
         config.num_hidden_layers = min(blocks or whole, whole)
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[: config.num_hidden_layers]
-        model = build(config, dtype, device)
-        yield Case(name, config, whole, model, tokens(config, *shape), rates)
+        with tempfile.TemporaryDirectory(dir=folder) as there:
+            source = Path(there) / "model"
+            save(build(config, dtype, device), source, "5GB")
+            np.save(source / "tokens.npy", tokens(config, *windows).numpy())
+            yield Case(name, config, whole, source, windows, dtype, device, rates)
 
 
-def measure(case: Case, method: Mapping[str, str], pattern: Mapping[str, object], batch: int) -> PruneReport:
-    """Prunes the model, as it was built."""
-    fill(case.model)
-    if case.model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    return prune(case.model, case.windows, PruneConfig.model_validate({**method, **pattern, "batch_size": batch}))
+def measure(case: Case, method: Mapping[str, str], pattern: Mapping[str, object], batch: int) -> Measured:
+    """Prunes the checkpoint, one block in memory at a time."""
+    config = PruneConfig.model_validate({**method, **pattern, "batch_size": batch})
+    count, length = case.windows
+    calibration = CalibrationConfig(source=str(case.source / "tokens.npy"), samples=count, sequence_length=length)
+    _reset_peaks(case.device)
+    start = time.perf_counter()
+    report = prune_checkpoint(
+        str(case.source), case.out, config, calibration, device=case.device, overwrite=True, offload=True
+    )
+    return Measured(report, time.perf_counter() - start, *_peaks(case.device))
 
 
-def row(case: Case, method: str, pattern: str, report: PruneReport) -> list[str]:
+def row(case: Case, method: str, pattern: str, measured: Measured) -> list[str]:
     """Of the table."""
+    report = measured.report
     counted = _counted(case, report)
-    other = report.seconds - sum(report.stages.values())
     return [
         case.name,
         method,
         pattern,
         f"{case.config.num_hidden_layers} of {case.whole}",
-        f"{report.seconds:.1f}",
-        f"{report.seconds * case.times:.0f}",
+        f"{measured.seconds:.1f}",
+        f"{measured.seconds * case.times:.0f}",
         *(f"{report.stages.get(stage, 0.0):.2f}" for stage in STAGES),
-        f"{other:.2f}",
+        f"{report.seconds - sum(report.stages.values()):.2f}",
+        f"{measured.seconds - report.seconds:.2f}",
         str(report.steps),
         *(f"{_share(case, counted, report, stage):.0%}" for stage in ("forward", "gram", "refit")),
         f"{_memory_share(case, counted, report):.0%}",
         f"{report.certificate:.0e}",
-        *_memory(case),
+        measured.device,
+        measured.host,
     ]
 
 
 HEADER = [
     *("model", "method", "pattern", "blocks", "s", "whole model, s (× blocks)"),
     *(f"{stage}, s" for stage in STAGES),
-    *("other, s", "steps", "forward, of GEMM", "Gram, of GEMM", "refit, of GEMM", "refit, of memory"),
+    *("other, s", "opening and closing, s", "steps"),
+    *("forward, of GEMM", "Gram, of GEMM", "refit, of GEMM", "refit, of memory"),
     *("certificate", "device, GiB", "host, GiB"),
 ]
 
@@ -115,10 +152,10 @@ def _counted(case: Case, report: PruneReport) -> Costs:
     """With the steps that were really taken, on average over the layers by size."""
     sizes = [record.shape[0] * record.shape[1] ** 2 for record in report.layers]
     steps = sum(size * (record.steps or 0) for size, record in zip(sizes, report.layers, strict=True)) / sum(sizes)
-    count, length = case.windows.shape
+    count, length = case.windows
     held_out = held_out_count(count, report.config.held_out)
-    job = Job(report.config, count - held_out, held_out, solver_steps=round(steps))
-    return costs(outline(case.config, case.model.dtype, length), job)
+    job = Job(report.config, count - held_out, held_out, offload=True, solver_steps=round(steps))
+    return costs(outline(case.config, case.dtype, length), job)
 
 
 def _share(case: Case, counted: Costs, report: PruneReport, stage: str) -> float:
@@ -132,24 +169,32 @@ def _memory_share(case: Case, counted: Costs, report: PruneReport) -> float:
     return counted["refit"]["memory"] / case.rates.memory / max(report.stages.get("refit", 0.0), 1e-9)
 
 
-def _memory(case: Case) -> tuple[str, str]:
-    """Peaks of the device, and of the process so far."""
-    cuda = case.model.device.type == "cuda"
-    device = f"{torch.cuda.max_memory_allocated() / 2**30:.2f}" if cuda else "–"
-    return device, f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f}"
+def _reset_peaks(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    Path("/proc/self/clear_refs").write_text("5")  # of this process; Linux
+
+
+def _peaks(device: torch.device) -> tuple[str, str]:
+    """Of the device and of the host, in GiB, since they were reset."""
+    on_device = f"{torch.cuda.max_memory_allocated() / 2**30:.2f}" if device.type == "cuda" else "–"
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return on_device, f"{int(status['VmHWM'].split()[0]) / 2**20:.2f}"
 
 
 def quantize_row(case: Case) -> list[str]:
     """Of the table, for `quantize` with the transform `free`, which reads no data."""
-    fill(case.model)
-    if case.model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    group = min(128, case.config.hidden_size)
-    report = quantize(case.model, QuantizeConfig(transform="free", group_size=group))
-    whole = f"{report.seconds * case.times:.0f}"
+    config = QuantizeConfig(transform="free", group_size=min(128, case.config.hidden_size))
+    _reset_peaks(case.device)
+    start = time.perf_counter()
+    quantize_checkpoint(str(case.source), case.out, config, device=case.device, overwrite=True)
+    seconds = time.perf_counter() - start
     empty = ["–"] * (len(HEADER) - 8)
     blocks = f"{case.config.num_hidden_layers} of {case.whole}"
-    return [case.name, "quantize free", "4 bit", blocks, f"{report.seconds:.1f}", whole, *empty, *_memory(case)]
+    whole = f"{seconds * case.times:.0f}"
+    return [case.name, "quantize free", "4 bit", blocks, f"{seconds:.1f}", whole, *empty, *_peaks(case.device)]
 
 
 def main() -> None:
@@ -160,6 +205,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--folder", help="for the models; that of temporary files by default")
     a = parser.parse_args()
     quiet()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -167,17 +213,16 @@ def main() -> None:
         a.shapes, a.windows, a.length, device = ["tiny"], 8, 64, torch.device("cpu")
     print(machine())
     started = False
-    for case in cases(a.shapes, a.blocks, (a.windows, a.length), device):
+    for case in cases(a.shapes, a.blocks, (a.windows, a.length), device, a.folder):
         if not started:
             print(f"{a.windows} windows of {a.length} tokens\n\n| " + " | ".join(HEADER) + " |")
             print("|---" * len(HEADER) + "|")
             started = True
         for method, options in METHODS.items():
             for pattern, sparsity in PATTERNS.items():
-                report = measure(case, options, sparsity, a.batch_size)
-                print("| " + " | ".join(row(case, method, pattern, report)) + " |", flush=True)
+                measured = measure(case, options, sparsity, a.batch_size)
+                print("| " + " | ".join(row(case, method, pattern, measured)) + " |", flush=True)
         print("| " + " | ".join(quantize_row(case)) + " |", flush=True)
-        del case
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def test_gpu_prints_a_row_for_each_method(capsys: pytest.CaptureFixture[str], mo
         assert float(cells["whole model, s (× blocks)"]) == pytest.approx(2 * float(cells["s"]), abs=0.61)
     for row in rows[:-1]:
         cells = dict(zip(header, row, strict=True))
-        stages = [float(cells[f"{stage}, s"]) for stage in (*gpu.STAGES, "other")]
+        stages = [float(cells[f"{stage}, s"]) for stage in (*gpu.STAGES, "other", "opening and closing")]
         assert sum(stages) == pytest.approx(float(cells["s"]), abs=0.1)
         assert float(cells["certificate"]) <= 1e-3 and int(cells["steps"]) > 0
 

@@ -9,6 +9,7 @@ from trimfit.models import Block, Layer
 from trimfit.pipelines.allocate import Allocation
 from trimfit.pipelines.records import LayerRecord
 from trimfit.pipelines.run_directory import Part, RunDirectory
+from trimfit.timing import stage
 
 _ALLOCATION = "allocation"
 
@@ -58,7 +59,8 @@ class PruneLedger:
         """Keeps the weights and records of layers that are finished, and the weights of those that were reordered."""
         tensors = {f"{layer.name}.weight": layer.weight for layer in (*layers, *reordered)}
         tensors |= {f"{layer.name}.bias": layer.bias for layer in reordered if layer.bias is not None}
-        self._run.keep(_key(layers), tensors, [record.model_dump() for record in records], seconds)
+        with stage("save"):
+            self._run.keep(_key(layers), tensors, [record.model_dump() for record in records], seconds)
 
     def finish(self, block: Block) -> None:
         """Puts a block into a result that grows, and removes what was kept of it so far."""
@@ -68,7 +70,8 @@ class PruneLedger:
             return
         zeros = {f"{record['name']}.weight": record["sparsity"] for part in parts.values() for record in part.record}
         weights = {name: parameter.detach().cpu() for name, parameter in _parameters(block).items()}
-        self._run.move(parts, self._shards.write(weights, zeros))
+        with stage("save"):
+            self._run.move(parts, self._shards.write(weights, zeros))
 
     def _read_back(self, block: Block) -> None:
         assert self._shards is not None

@@ -171,3 +171,30 @@ def test_quantization_ends_with_one_that_dies_and_goes_on(model: Path, text: Pat
     assert here(*command, "-o", tmp_path / "alone").status == 0
     assert nothing_but(tmp_path, ["out", "alone"])
     assert_quantized_alike(tmp_path / "out", tmp_path / "alone")
+
+
+@pytest.mark.parametrize("command", [("eval", "demo"), ("compare", "demo"), ("plan", "demo"), ("demo",)])
+def test_what_is_not_shared_runs_in_one_process(
+    command: tuple[str, ...], here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    outcome = here(*command)
+    assert outcome.status == 2
+    assert outcome.stderr == f"error: trimfit {command[0]} runs in one process: start it without torchrun\n"
+
+
+def test_variables_of_schedulers(
+    model: Path, text: Path, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which tell a world without a place in it, or a place without an address."""
+    command = ("prune", model, "--calibration", text, *OPTIONS, "--selector", "magnitude")
+    for number, size in enumerate(("2", "", "many")):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        assert here(*command, "-o", tmp_path / f"out-{number}").status == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    outcome = here(*command, "-o", tmp_path / "out")
+    assert outcome.status == 2
+    assert outcome.stderr.startswith("error: RANK and WORLD_SIZE say that this is one of several processes, but ")
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,8 @@
 
 import gc
 import importlib
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from families import EVERYTHING, FAMILIES, LENGTH, VOCABULARY, Family, for_each,
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from trimfit.errors import RunError
 from trimfit.models import Block, Placement, Walker, find_blocks
 from trimfit.models.states import StateStore
 
@@ -114,3 +117,16 @@ def test_a_store_without_a_limit_writes_nothing(tmp_path: Path):
     kept = store.keep(states)
     assert kept.get() is states
     assert list(tmp_path.iterdir()) == []
+
+
+def test_hidden_states_that_cannot_be_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    store = StateStore(torch.device("cpu"), 0, tmp_path / "not there")
+    with pytest.raises(RunError, match=r"hidden states cannot be written to .*not there .No such file or directory.;"):
+        store.keep(torch.zeros(3))
+    gc.collect()
+    assert capfd.readouterr().err == ""
+    full = StateStore(torch.device("cpu"), 0, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "mkstemp", lambda **_: (os.open("/dev/full", os.O_WRONLY), str(tmp_path / "states-1")))
+        with pytest.raises(RunError, match="No space left on device"):
+            full.keep(torch.zeros(100_000))

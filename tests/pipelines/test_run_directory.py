@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -262,3 +263,65 @@ def test_an_old_output_stays_until_the_new_is_whole(source: Path) -> None:
     assert {path.name: path.read_bytes() for path in (source.parent / "out").iterdir()} == old
     resume(source.parent / "out")
     assert_as_if_nothing_had_happened(source)
+
+
+@pytest.mark.parametrize("name", ["run.json", "journal.jsonl", "journal.lock", "result"])
+def test_what_others_have_put_there_is_left_alone(source: Path, name: str) -> None:
+    """Though some of it is called as in a run."""
+    folder = source.parent / "out.run"
+    (folder / "inner").mkdir(parents=True)
+    files = {folder / name: "{}", folder / "precious.txt": "x", folder / "inner" / "more": "y"}
+    for file, text in files.items():
+        file.write_text(text)
+    with pytest.raises(InputError, match=r"out\.run is in the way: it is not the directory of a run"):
+        start(source)
+    assert {file: file.read_text() for file in folder.rglob("*") if file.is_file()} == files
+
+
+def test_what_is_put_there_meanwhile_is_left_alone(source: Path, run: Path) -> None:
+    finish = RunDirectory.__exit__
+
+    def leave(self: RunDirectory, *arguments: Any) -> None:
+        (run / "notes.txt").write_text("mine")
+        finish(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunDirectory, "__exit__", leave)
+        start(source)
+    assert [path.name for path in run.iterdir()] == ["notes.txt"]
+    shutil.rmtree(run)
+    assert_as_if_nothing_had_happened(source)
+
+
+def test_what_a_killed_run_has_left_is_removed(source: Path, run: Path) -> None:
+    """Hidden states and half-written files, before disk is needed for more of them."""
+    for name in ("states-ab12", "part-00009.safetensors.tmp"):
+        (run / name).write_text("x" * 1000)
+    with pytest.raises(_Killed):
+        start(source, after=LAYERS - 1)
+    assert not [path for name in ("states-*", "*.tmp") for path in run.glob(name)]
+
+
+def test_resumed_from_elsewhere(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that were relative are taken from where the run was begun."""
+    monkeypatch.chdir(source.parent)
+    calibration = CalibrationConfig(source="tokens.npy", samples=12, sequence_length=LENGTH)
+
+    def prune(name: str, after: int = LAYERS) -> None:
+        prune_checkpoint("model", Path(name), CONFIG, calibration, device=CPU, observer=_Killer(after))
+
+    prune("undisturbed")
+    with pytest.raises(_Killed):
+        prune("out", after=LAYERS - 3)
+    (source.parent / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    (source.parent / "out.run").rename("moved.run")  # with the directory that it is in, say
+    assert resume(Path("moved.run")).out == source.parent / "elsewhere" / "moved"
+    assert Path.cwd() == source.parent / "elsewhere"
+    found, expected = Path("moved"), source.parent / "undisturbed"
+    names = {path.name for path in expected.iterdir()}
+    assert {path.name for path in found.iterdir()} == names
+    assert all((found / name).read_bytes() == (expected / name).read_bytes() for name in names - {"trimfit.json"})
+    for nothing in (Path("/"), Path("elsewhere")):
+        with pytest.raises(InputError, match=r"cannot be the output of a run|there is no run to go on with"):
+            resume(nothing)

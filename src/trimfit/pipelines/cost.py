@@ -129,7 +129,7 @@ def _allocation(model: Outline, job: Job) -> Counter[str]:
     behind = 0
     for block in reversed(model.blocks):
         behind += block.flops
-        layers = sum(len(group.rows) for group in block.groups)
+        layers = _probed(block)
         total["model"] += (windows + few) * block.flops
         if job.config.split == "error":
             total["model"] += few * layers * (behind + 2 * model.length * model.hidden * model.vocabulary)
@@ -140,6 +140,11 @@ def _allocation(model: Outline, job: Job) -> Counter[str]:
             total["float64"] += n**3 + 2 * weights * n
             total["memory"] += _SORT_BYTES * weights
     return total
+
+
+def _probed(block: BlockOutline) -> int:
+    """How many streams the allocation follows from a block on: one for each layer; experts side by side share one."""
+    return sum(len(group.rows) for group in block.groups if group.share == 1 or group.flops_before)
 
 
 def _file_bytes(model: Outline, job: Job) -> int:
@@ -181,7 +186,7 @@ def memory(model: Outline, job: Job) -> Memory:
     per_window = model.length * model.hidden * model.dtype.itemsize
     states = job.windows * per_window * streams
     if job.config.split != "uniform":
-        layers = sum(len(group.rows) for block in model.blocks for group in block.groups)
+        layers = sum(_probed(block) for block in model.blocks)
         probes = layers * per_window * max(1, TOKENS // model.length) if job.config.split == "error" else 0
         states = max(states, (2 * job.fit * per_window) + probes)
     work = max(

@@ -30,9 +30,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (8, ("quantize", "--bits", "3")),
         (8, ("quantize", "--bits", "3", "--transform", "online", "--learned-steps", "2", *ITS_OWN)),
         (4, ("quantize", *GGUF)),
-        (4, ("quantize", "--format", "dense", *TEXT)),
+        (4, ("quantize", "--format", "dense", *TEXT, "--offload", "--memory-limit", "20kB")),
     ],
-    ids=["in memory", "offloaded", "packed", "packed with its own data", "gguf", "dense with data"],
+    ids=["in memory", "offloaded", "packed", "packed with its own data", "gguf", "dense and offloaded"],
 )
 def test_killed_and_resumed(model: Path, text: Path, tmp_path: Path, kills: int, command: tuple[str, ...]) -> None:
     name, *options = command

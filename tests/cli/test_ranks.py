@@ -161,7 +161,7 @@ def test_quantization_is_shared(model: Path, tmp_path: Path, here: Here, count: 
 
 def test_quantization_ends_with_one_that_dies_and_goes_on(model: Path, text: Path, tmp_path: Path, here: Here) -> None:
     command = ("quantize", model, "--format", "dense", "--calibration", text, *OPTIONS)
-    ended = run(2, *command, "-o", tmp_path / "out", victim=1)
+    ended = run(2, *command, "--offload", "-o", tmp_path / "out", victim=1)
     assert [one.status for one in ended] == [1, -9]
     message = ended[0].stderr.strip().splitlines()[-1]
     assert message.startswith("error: another process of this run has ended or cannot be reached")

@@ -114,31 +114,10 @@ def test_ended_behind_each_block(
     assert_as_if_nothing_had_happened(source, **options)
 
 
-def test_the_other_way_goes_on(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In memory after blocks that were read one by one, and the reverse."""
-    for number, first_streamed in enumerate((True, False)):
-        for streamed in (first_streamed, not first_streamed):
-            with monkeypatch.context() as patch:
-                if not streamed:
-                    patch.setattr(MODULE, "open_stream", lambda source, device: None)
-                if streamed == first_streamed:
-                    kill(source, 1)
-                else:
-                    start(source)
-        assert_as_if_nothing_had_happened(source, overwrite=bool(number))
-        (source.parent / "out").rename(source.parent / f"out{number}")
-
-
-@pytest.mark.parametrize("damage", ["flip a bit", "cut off", "remove"])
-def test_a_damaged_part_is_done_again(source: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_part_is_done_again(source: Path, caplog: pytest.LogCaptureFixture) -> None:
     """And all behind it, though those are whole."""
     part = kill(source, 2) / "part-00001.safetensors"
-    data = bytearray(part.read_bytes())
-    data[len(data) // 2] ^= 16
-    if damage == "remove":
-        part.unlink()
-    else:
-        part.write_bytes(data if damage == "flip a bit" else data[:-3])
+    part.write_bytes(part.read_bytes()[:-3])
     start(source)
     assert f"{part} is damaged: it is done again, and what came after it" in caplog.text
     assert_as_if_nothing_had_happened(source)

@@ -193,7 +193,7 @@ _BLOCK = 4 * (3 * 512 * 512 + 2 * 512 * 128)  # bytes; there are half as many he
 _MEASURE = """
 import gc, importlib, sys, torch
 from pathlib import Path
-from trimfit import QuantizeConfig
+from trimfit import CalibrationConfig, QuantizeConfig
 from trimfit.pipelines import quantize_checkpoint
 
 def peak():
@@ -211,23 +211,34 @@ class Watcher:
 
 root, config = Path(sys.argv[1]), QuantizeConfig(rounding="nearest", ignore=("q_proj", "o_proj", "*.mlp.*"))
 module = importlib.import_module("trimfit.pipelines.quantize_checkpoint")
-for how, blocks in (("streamed", "4"), ("streamed", "4"), ("streamed", "32"), ("in memory", "32")):
+text = CalibrationConfig(source=str(root / "tokens.npy"), samples=2, sequence_length=24)
+runs = [(None, "4"), (None, "4"), (None, "32"), (text, "4"), (text, "32"), ("in memory", "32")]
+for how, blocks in runs:
     if how == "in memory":
         module.open_stream = lambda source, device: None
+    data = how if how is text else None
     cpu = torch.device("cpu")
-    quantize_checkpoint(str(root / blocks), root / "out", config, device=cpu, overwrite=True, observer=Watcher())
+    quantize_checkpoint(
+        str(root / blocks), root / "out", config, data, device=cpu, overwrite=True, offload=how is text,
+        observer=Watcher(),
+    )
     print(peak())
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is told by /proc")
 def test_more_blocks_need_no_more_memory(tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast):
+    """Without data, and with data when it is offloaded."""
+    numpy.save(tmp_path / "tokens.npy", windows(2).numpy())
     for blocks in (4, 32):
         write(tmp_path / str(blocks), word_tokenizer, num_hidden_layers=blocks, **_MODEL)
     command = [sys.executable, "-c", _MEASURE, str(tmp_path)]
     exact = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # whatever is larger goes back to the kernel at once
     result = subprocess.run(command, capture_output=True, check=True, text=True, env=exact)
-    _, few, many, loaded = ([int(word) for word in line.split()] for line in result.stdout.splitlines())
+    _, few, many, few_data, many_data, loaded = (
+        [int(word) for word in line.split()] for line in result.stdout.splitlines()
+    )
     assert many[0] - few[0] < 28 * _BLOCK / 2  # a few pages of each tensor are mapped when the skeleton is made
     assert many[1] - few[1] < 2 * _BLOCK
+    assert many_data[1] - few_data[1] < 2 * _BLOCK
     assert loaded[1] - few[1] > 28 * _BLOCK

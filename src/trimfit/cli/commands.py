@@ -83,12 +83,8 @@ def prune(
     sequence_length: options.SequenceLength = None,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 8,
-    offload: Annotated[
-        bool, typer.Option("--offload", help="Hold one block of the model at a time; the others stay in their files.")
-    ] = False,
-    memory_limit: Annotated[
-        str | None, typer.Option(help="Of hidden states in memory, as in 8GiB; those above it go to files.")
-    ] = None,
+    offload: options.Offload = False,
+    memory_limit: options.MemoryLimit = None,
     device: options.Device = "auto",
     overwrite: options.Overwrite = False,
     json: options.Json = False,
@@ -171,6 +167,8 @@ def quantize(
     format: Annotated[
         str, typer.Option(help="packed (compressed-tensors, for transformers and vLLM), dense, or gguf.")
     ] = "packed",
+    offload: options.Offload = False,
+    memory_limit: options.MemoryLimit = None,
     device: options.Device = "auto",
     overwrite: options.Overwrite = False,
     json: options.Json = False,
@@ -213,6 +211,8 @@ def quantize(
             format=checked,
             device=here,
             overwrite=overwrite,
+            offload=offload,
+            memory_limit=size(memory_limit),
             ranks=ranks,
             observer=observer,
         )

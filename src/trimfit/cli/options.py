@@ -28,6 +28,13 @@ SequenceLength = Annotated[
 Seed = Annotated[int, typer.Option(help="Of the choice of windows.")]
 BatchSize = Annotated[int, typer.Option(help="Windows in one forward pass.")]
 
+Offload = Annotated[
+    bool, typer.Option("--offload", help="Hold one block of the model at a time; the others stay in their files.")
+]
+MemoryLimit = Annotated[
+    str | None, typer.Option(help="Of hidden states in memory, as in 8GiB; those above it go to files.")
+]
+
 Scope = Annotated[
     str | None, typer.Option(help="Count sparsity per row or over the layer. \\[default: the selector's]")
 ]

@@ -68,9 +68,10 @@ class Offloaded:
     stream: Stream
 
     @classmethod
-    def open(cls, source: str, device: torch.device, calibration: CalibrationConfig) -> Self:
+    def open(cls, source: str, device: torch.device, calibration: CalibrationConfig | None) -> Self:
         """Raises `InputError` for a checkpoint that has to be loaded as a whole."""
-        check_text(calibration)
+        if calibration is not None:
+            check_text(calibration)
         stream = find_stream(source, device)
         if isinstance(stream, str):
             raise InputError(f"{source} cannot be offloaded, as {stream}: leave out --offload")

@@ -10,8 +10,8 @@ from torch import Tensor
 from trimfit.calibration import CalibrationConfig, SelfSample
 from trimfit.checkpoints import atomic_directory, load_checkpoint
 from trimfit.checkpoints.stream import open_stream
+from trimfit.errors import InputError
 from trimfit.models import find_blocks, select_layers
-from trimfit.pipelines.checks import check_stream
 from trimfit.pipelines.observer import Observer, Silent
 from trimfit.pipelines.opened import InMemory, Offloaded, check_run_space
 from trimfit.pipelines.quantize import QuantizeRun
@@ -19,7 +19,7 @@ from trimfit.pipelines.quantize_config import QuantizeConfig
 from trimfit.pipelines.quantize_ledger import KeptBlocks
 from trimfit.pipelines.quantize_records import QuantizeReport
 from trimfit.pipelines.quantize_save import Format, QuantizeRecord, Result
-from trimfit.pipelines.run_directory import RunDirectory
+from trimfit.pipelines.run_directory import RunDirectory, run_path
 from trimfit.pipelines.run_start import check_same_model, enter_run, identity, there
 from trimfit.pipelines.weight_moments import WeightMoments
 from trimfit.pipelines.windows import draw_windows
@@ -35,6 +35,8 @@ def quantize_checkpoint(
     format: Format = "packed",
     device: torch.device,
     overwrite: bool = False,
+    offload: bool = False,
+    memory_limit: int | None = None,
     ranks: Ranks = ALONE,
     observer: Observer | None = None,
 ) -> QuantizeReport:
@@ -44,12 +46,14 @@ def quantize_checkpoint(
     - `format`: "packed" is compressed-tensors `pack-quantized`, which plain transformers and vLLM load; with online
       transformations it is one that only `trimfit.load` does. "dense" holds the levels as ordinary weights. "gguf" is
       one file for llama.cpp, for the grids that it can hold exactly.
+    - `offload`: holds one decoder block at a time on `device`, and leaves the others in their files; not for "gguf".
+      "packed" without calibration does so by itself, if `open_stream` can read the files so.
+    - `memory_limit`: bytes of hidden states in memory; those above it are in files.
     - `ranks`: the processes that share the work; only the first of them writes.
 
-    "packed" without calibration holds one decoder block in memory at a time, if `open_stream` can read the files so;
-    everything else holds the model. What is finished is kept in a `RunDirectory` beside `out`: when a run was ended or
-    killed, the same call goes on from there. `out` is there when everything is done and checked. Raises `InputError`
-    for an `out` that would replace `source`, for models that the format cannot hold, and for a run that was begun with
+    What is finished is kept in a `RunDirectory` beside `out`: when a run was ended or killed, the same call goes on
+    from there. `out` is there when everything is done and checked. Raises `InputError` for an `out` that would replace
+    `source`, for models that the format cannot hold or that cannot be offloaded, and for a run that was begun with
     something else; other errors: see `load_checkpoint`, `CalibrationConfig`, `quantize`, `save_checkpoint`.
     """
     observer = observer or Silent()
@@ -62,17 +66,18 @@ def quantize_checkpoint(
         "file_format": format,
         "device": str(device) if ranks.count == 1 else device.type,
         "overwrite": overwrite,
+        "offload": offload,
+        "memory_limit": memory_limit,
     }
     with ExitStack() as stack:
         run = ranks.first_only(lambda: enter_run(stack, source, out, overwrite, request))
         observer.stage(f"loading {source}")
-        stream = open_stream(source, device) if format == "packed" and calibration is None else None
-        opened = InMemory(load_checkpoint(source, device)) if stream is None else Offloaded(stream)
+        opened = _open(source, device, calibration, format, offload)
         checkpoint = opened.checkpoint
         model, blocks = checkpoint.model, select_layers(checkpoint.model, find_blocks(checkpoint.model), config.ignore)
         result = Result(opened, blocks, format, config.grid)
         ranks.first(result.check)
-        model_fingerprint = opened.prepare(blocks) if stream is None else check_stream(stream)
+        model_fingerprint = result.prepare(data=calibration is not None)
         check_same_model(source, model_fingerprint, ranks)
 
         def begin(run: RunDirectory) -> tuple[Tensor | None, SelfSample | None]:
@@ -85,6 +90,7 @@ def quantize_checkpoint(
 
         windows, sample = ranks.first(lambda: begin(there(run)))
         kept = KeptBlocks(run, config.grid, opened.device) if run else None
+        folder = run_path(out)  # which processes on other machines may not see
         report = QuantizeRun(
             model,
             blocks,
@@ -92,7 +98,7 @@ def quantize_checkpoint(
             config,
             observer,
             kept,
-            opened.placement(None, None),
+            opened.placement(memory_limit, folder if folder.is_dir() else None),
             ranks,
             torch.float16 if format == "gguf" and model.dtype == torch.float32 else None,  # 16-bit scales are exact
             opened.device,
@@ -117,6 +123,17 @@ def quantize_checkpoint(
         observer.stage(f"writing {out}")
         ranks.first(lambda: save(there(run)))
     return report
+
+
+def _open(
+    source: str, device: torch.device, calibration: CalibrationConfig | None, format: Format, offload: bool
+) -> InMemory | Offloaded:
+    if offload and format == "gguf":
+        raise InputError("a GGUF file is written from a model in memory: leave out --offload, or use another --format")
+    if offload:
+        return Offloaded.open(source, device, calibration)
+    stream = open_stream(source, device) if format == "packed" and calibration is None else None
+    return InMemory(load_checkpoint(source, device)) if stream is None else Offloaded(stream)
 
 
 def _identity(

@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimfit.checkpoints import save_checkpoint, write_sidecar
 from trimfit.checkpoints.gguf import check_gguf, write_gguf
 from trimfit.checkpoints.packed import PackedWriter, check_packable, plain_tensors
+from trimfit.checkpoints.patch import PatchedShards, check_patchable
 from trimfit.errors import InputError
 from trimfit.models import Block
 from trimfit.pipelines.checkpoint_record import CheckpointRecord
+from trimfit.pipelines.checks import check_stream
 from trimfit.pipelines.opened import InMemory, Offloaded
 from trimfit.pipelines.quantize_config import QuantizeConfig
 from trimfit.pipelines.quantize_ledger import KeptBlocks
@@ -67,6 +69,21 @@ class Result:
         if self.format == "gguf":
             check_gguf(self._model, self.opened.checkpoint.tokenizer, self._grids())
 
+    def prepare(self, *, data: bool) -> str:
+        """The fingerprint of the model. With `data` it can be run when a block is loaded.
+
+        Raises `InputError` for weights that are not finite, and for files that cannot be taken over.
+        """
+        if isinstance(self.opened, InMemory):
+            return self.opened.prepare(self.blocks)
+        stream = self.opened.stream
+        if self.format == "dense":
+            check_patchable(stream, [name for block in self.blocks for name in _parameters(block)])
+        found = check_stream(stream)
+        if data:
+            stream.load_all_but([block.name for block in self.blocks])
+        return found
+
     def disk(self, *, data: bool) -> int:
         """Bytes that a run writes: the result and, until it is finished, the blocks, without data with moments."""
         layers = [layer.weight for block in self.blocks for layer in block.layers]
@@ -78,6 +95,9 @@ class Result:
 
     def save(self, directory: Path, kept: KeptBlocks, record: QuantizeRecord) -> None:
         """Writes it with its records. Errors are those of the writers."""
+        if self.format == "dense" and isinstance(self.opened, Offloaded):
+            self._patch(self.opened, directory, kept, record)
+            return
         if self.format == "dense":
             save_checkpoint(self.opened.checkpoint, directory, record.sidecar(), sparsity=record.zeros())
             return
@@ -90,6 +110,18 @@ class Result:
             write_gguf(self._model, tokenizer, self._grids(), layers, directory / "model.gguf")
         self.opened.checkpoint.tokenizer.save_pretrained(directory)
         write_sidecar(directory, record.sidecar())
+
+    def _patch(self, opened: Offloaded, directory: Path, kept: KeptBlocks, record: QuantizeRecord) -> None:
+        shards, placement = PatchedShards(opened.stream, directory), opened.placement(None, None)
+        written: dict[str, dict[str, str]] = {}
+        for block in self.blocks:
+            with placement.loaded(block):
+                kept.finished(block).write(block)
+                weights = {name: parameter.detach().cpu() for name, parameter in _parameters(block).items()}
+                zeros = {name: share for name, share in record.zeros().items() if name in weights}
+                for file, checksums in shards.write(weights, zeros).items():
+                    written.setdefault(file, {}).update(checksums)
+        shards.finish(record.sidecar(), written)
 
     def _pack(self, directory: Path, kept: KeptBlocks) -> None:
         writer = PackedWriter(self._model, directory)
@@ -116,3 +148,8 @@ class Result:
     def _grids(self) -> dict[str, Grid]:
         layers = [layer for block in self.blocks for layer in block.layers]
         return {layer.name: self.grid.fitted(layer.weight.shape[1]) for layer in layers}
+
+
+def _parameters(block: Block) -> dict[str, nn.Parameter]:
+    """All parameters of a block, by name in the model."""
+    return dict(block.module.named_parameters(prefix=block.name))

@@ -98,6 +98,8 @@ def _quantize(request: dict[str, Any], device: torch.device, ranks: Ranks, obser
         format=request["file_format"],
         device=device,
         overwrite=request["overwrite"],
+        offload=request["offload"],
+        memory_limit=request["memory_limit"],
         ranks=ranks,
         observer=observer,
     )

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cli_helpers import Outcome, environment, make_model, nothing_but, save_model, trimfit
+from cli_helpers import VOCABULARY, Outcome, environment, make_model, nothing_but, save_model, trimfit
+from families import EXPERT_FAMILIES, FAMILIES
 from safetensors.torch import load_file
 
 PROGRAM = Path(__file__).with_name("forked_ranks.py")
@@ -79,6 +80,22 @@ def test_shared_by_several(
     assert all(one.stdout == "" for one in ended[1:])
     assert nothing_but(tmp_path, ["out"])
     assert_the_same(tmp_path / "out", alone)
+
+
+@pytest.mark.parametrize(("family", "options"), [("mixtral", ("--offload",)), ("llama", ("--pattern", "2:4"))])
+def test_experts_and_reordered_inputs_are_shared(
+    text: Path, tmp_path: Path, family: str, options: tuple[str, ...]
+) -> None:
+    """With N:M a run is ended on its way, and two go on with what one has begun."""
+    size = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}
+    model = (FAMILIES | EXPERT_FAMILIES)[family].build(**size).bfloat16()
+    command = ("prune", save_model(tmp_path / "model", model), "--calibration", text, *OPTIONS, *options)
+    assert trimfit(*command, "-o", tmp_path / "alone").status == 0
+    if family == "llama":
+        ended = run(2, *command, "-o", tmp_path / "out", victim=1)
+        assert ended[0].status == 1
+    assert [one.status for one in run(2, *command, "-o", tmp_path / "out")] == [0, 0]
+    assert_the_same(tmp_path / "out", tmp_path / "alone")
 
 
 def test_torchrun(model: Path, text: Path, tmp_path: Path, alone: Path) -> None:

@@ -63,6 +63,38 @@ def test_byte_for_byte(
     AutoModelForCausalLM.from_pretrained(tmp_path / "offloaded")
 
 
+class _Killed(BaseException):
+    """Ends a run as nothing in it expects."""
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "gpt_neox"])
+def test_goes_on_with_what_is_stored_otherwise(
+    tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast, name: str
+) -> None:
+    """Experts one by one, or transposed, and renamed weights, half of them in the result already."""
+    source = write(tmp_path / "model", word_tokenizer, name)
+    config = PruneConfig(selector="wanda")
+    layers = len(prune(source, "whole", config, offload=True).layers)
+
+    class Killer:
+        seen = 0
+
+        def stage(self, text: str) -> None: ...
+
+        def layer(self, record: Any, done: float) -> None:
+            self.seen += 1
+            if self.seen == layers - 1:
+                raise _Killed
+
+    with pytest.raises(_Killed):
+        prune(source, "out", config, offload=True, observer=Killer())
+    assert any((tmp_path / "out.run" / "result").iterdir())
+    prune(source, "out", config, offload=True)
+    files = [{p.name: p.read_bytes() for p in (tmp_path / d).iterdir()} for d in ("whole", "out")]
+    assert files[0].keys() == files[1].keys()
+    assert all(files[0][file] == files[1][file] for file in files[0].keys() - {"trimfit.json"})
+
+
 def test_one_block_at_a_time(
     tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,18 +76,22 @@ def test_dense_without_data(tmp_path: Path, word_tokenizer: PreTrainedTokenizerF
 def test_one_block_at_a_time(
     tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, form: Any
 ) -> None:
-    """Seen by what is not on the meta device whenever one is loaded; and the blocks really are."""
+    """Seen by what is not on the meta device whenever one is loaded; states above the limit are in files then."""
     source = write(tmp_path / "model", word_tokenizer, "llama", num_hidden_layers=3)
-    plain, seen = Stream.loaded, list[int]()
+    plain, seen, states = Stream.loaded, list[int](), 0
 
     def loaded(self: Stream, block: str, then: str | None = None) -> Any:
+        nonlocal states
+        states = max(states, len(list((tmp_path / "out.run").glob("states-*"))))
         layers: Any = self.checkpoint.model.get_submodule("model.layers")
         seen.append(sum(any(not p.is_meta for p in layer.parameters()) for layer in layers))
         return plain(self, block, then)
 
     monkeypatch.setattr(Stream, "loaded", loaded)
-    quantize(source, "out", offload=True, format=form)
+    config = DEFAULT.model_copy(update={"batch_size": 2})
+    quantize(source, "out", config, offload=True, memory_limit=2 * LENGTH * 32 * 4, format=form)
     assert len(seen) >= 3 * 3 and set(seen) == {0}
+    assert states == 4 - 1  # one of four batches is below the limit
 
 
 class _Killed(BaseException):

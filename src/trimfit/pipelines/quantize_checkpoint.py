@@ -97,11 +97,11 @@ def quantize_checkpoint(
             _moments(opened) if windows is None else windows,
             config,
             observer,
-            kept,
-            opened.placement(memory_limit, folder if folder.is_dir() else None),
-            ranks,
-            torch.float16 if format == "gguf" and model.dtype == torch.float32 else None,  # 16-bit scales are exact
-            opened.device,
+            ledger=kept,
+            placement=opened.placement(memory_limit, folder if folder.is_dir() else None),
+            ranks=ranks,
+            scale_dtype=torch.float16 if format == "gguf" and model.dtype == torch.float32 else None,  # as GGUF has it
+            device=opened.device,
         ).run()
 
         def save(run: RunDirectory) -> None:

@@ -55,6 +55,28 @@ class Ranks:
         self.first(lambda: kept.append(work()))
         return kept[0] if kept else None
 
+    def everywhere(self, work: Callable[[], _T]) -> _T:
+        """What `work` gives in each process; an error that users can act on ends all, and is told by one of them."""
+        if self.count == 1:
+            return work()
+        done: list[_T] = []
+        own: TrimfitError | None = None
+        try:
+            done.append(work())
+        except TrimfitError as error:
+            own = error
+        errors: list[TrimfitError | None] = [None] * self.count
+        with _noticing():
+            dist.all_gather_object(errors, own)
+        told = next((rank for rank, error in enumerate(errors) if error is not None), None)
+        if told is None:
+            return done[0]
+        if own is not None and told == self.rank:
+            raise own
+        error = errors[told]
+        assert error is not None
+        raise ToldElsewhere(error)
+
     def _tell(self, told: list[Any]) -> None:
         with _noticing():
             dist.broadcast_object_list(told, src=0)

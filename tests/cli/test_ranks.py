@@ -139,6 +139,17 @@ def test_wrong_input_is_said_once(model: Path, text: Path, tmp_path: Path) -> No
     assert [one.status for one in ended] == [2, 2]
     assert "out exists already" in ended[0].stderr
     assert ended[1].stderr == ""
+    (tmp_path / "empty").mkdir()
+    wrong = (
+        ("prune", tmp_path / "empty", "--calibration", text, *OPTIONS),
+        ("prune", model, "--calibration", text, "--pattern", "3:7", *OPTIONS),
+        ("quantize", tmp_path / "empty"),
+    )
+    for command in wrong:
+        ended = run(2, *command, "-o", tmp_path / "new")
+        assert [one.status for one in ended] == [2, 2]
+        assert ended[0].stderr.count("error: ") == 1
+        assert ended[1].stderr == ""
 
 
 # Quantization

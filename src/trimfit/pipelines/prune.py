@@ -94,7 +94,7 @@ class PruneRun:
         start = time.perf_counter() - self.ledger.seconds
         clock = Clock(self.model.device)
         with clock.running():
-            windows = self._windows()
+            windows = self.ranks.everywhere(self._windows)
             allocation = self._allocation(windows["fit"])
             records = list(self._records(windows, allocation, start))
         return PruneReport(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trimfit.calibration import CalibrationConfig, SelfSample
 from trimfit.checkpoints import Checkpoint, atomic_directory, load_checkpoint, save_checkpoint
-from trimfit.models import find_blocks, select_layers
+from trimfit.models import Block, find_blocks, select_layers
 from trimfit.pipelines.config import PruneConfig
 from trimfit.pipelines.observer import Observer, Silent
 from trimfit.pipelines.opened import InMemory, Offloaded, check_run_space
@@ -62,10 +62,17 @@ def prune_checkpoint(
     with ExitStack() as stack:
         run = ranks.first_only(lambda: enter_run(stack, source, out, overwrite, request))
         observer.stage(f"loading {source}")
-        opened = Offloaded.open(source, device, calibration) if offload else InMemory(load_checkpoint(source, device))
-        checkpoint = opened.checkpoint
-        model, blocks = checkpoint.model, select_layers(checkpoint.model, find_blocks(checkpoint.model), config.ignore)
-        model_fingerprint = opened.prepare(blocks)
+
+        def open_model() -> tuple[InMemory | Offloaded, list[Block], str]:
+            opened = (
+                Offloaded.open(source, device, calibration) if offload else InMemory(load_checkpoint(source, device))
+            )
+            model = opened.checkpoint.model
+            blocks = select_layers(model, find_blocks(model), config.ignore)
+            return opened, blocks, opened.prepare(blocks)
+
+        opened, blocks, model_fingerprint = ranks.everywhere(open_model)
+        checkpoint, model = opened.checkpoint, opened.checkpoint.model
         check_same_model(source, model_fingerprint, ranks)
 
         def begin(run: RunDirectory) -> tuple[Tensor, SelfSample | None]:

@@ -72,12 +72,17 @@ def quantize_checkpoint(
     with ExitStack() as stack:
         run = ranks.first_only(lambda: enter_run(stack, source, out, overwrite, request))
         observer.stage(f"loading {source}")
-        opened = _open(source, device, calibration, format, offload)
-        checkpoint = opened.checkpoint
-        model, blocks = checkpoint.model, select_layers(checkpoint.model, find_blocks(checkpoint.model), config.ignore)
-        result = Result(opened, blocks, format, config.grid)
-        ranks.first(result.check)
-        model_fingerprint = result.prepare(data=calibration is not None)
+
+        def open_model() -> tuple[Result, str]:
+            opened = _open(source, device, calibration, format, offload)
+            model = opened.checkpoint.model
+            result = Result(opened, select_layers(model, find_blocks(model), config.ignore), format, config.grid)
+            result.check()
+            return result, result.prepare(data=calibration is not None)
+
+        result, model_fingerprint = ranks.everywhere(open_model)
+        opened, blocks = result.opened, result.blocks
+        checkpoint, model = opened.checkpoint, opened.checkpoint.model
         check_same_model(source, model_fingerprint, ranks)
 
         def begin(run: RunDirectory) -> tuple[Tensor | None, SelfSample | None]:

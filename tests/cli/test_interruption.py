@@ -28,6 +28,11 @@ def goes_on(run: Path) -> str:
     return f"what is finished is in {run}: the same command, or trimfit resume {out}, goes on"
 
 
+def hears_ctrl_c() -> None:
+    """In a process to be: a shell's jobs in the background, as these tests may be, are born deaf to it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A pseudo-terminal and what was written to it, without the escape codes."""
 
@@ -78,6 +83,7 @@ def test_progress_on_a_terminal_and_its_end(
         stderr=terminal.slave,
         text=True,
         env=environment(),
+        preexec_fn=hears_ctrl_c,
     )
     os.close(terminal.slave)
     try:

@@ -27,9 +27,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (25, ("prune", *ITS_OWN)),
         (8, ("prune", *TEXT, "--offload", "--pattern", "2:4", "--memory-limit", "20kB")),
-        (8, ("quantize", "--bits", "3")),
-        (8, ("quantize", "--bits", "3", "--transform", "online", "--learned-steps", "2", *ITS_OWN)),
-        (4, ("quantize", *GGUF)),
+        (4, ("quantize", "--bits", "3")),
+        (4, ("quantize", "--bits", "3", "--transform", "online", "--learned-steps", "2", *ITS_OWN)),
+        (3, ("quantize", *GGUF)),
         (4, ("quantize", "--format", "dense", *TEXT, "--offload", "--memory-limit", "20kB")),
     ],
     ids=["in memory", "offloaded", "packed", "packed with its own data", "gguf", "dense and offloaded"],

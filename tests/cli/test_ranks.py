@@ -141,7 +141,6 @@ def test_wrong_input_is_said_once(model: Path, text: Path, tmp_path: Path) -> No
     assert ended[1].stderr == ""
     (tmp_path / "empty").mkdir()
     wrong = (
-        ("prune", tmp_path / "empty", "--calibration", text, *OPTIONS),
         ("prune", model, "--calibration", text, "--pattern", "3:7", *OPTIONS),
         ("quantize", tmp_path / "empty"),
     )

@@ -110,7 +110,7 @@ def test_the_same_call_goes_on(source: Path, run: Path, offload: bool, monkeypat
 
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_run_that_was_offloaded_goes_on_in_memory(
-    source: Path, damaged: bool, monkeypatch: pytest.MonkeyPatch
+    source: Path, damaged: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And does a block again that is damaged in the result."""
     with pytest.raises(_Killed):
@@ -123,6 +123,7 @@ def test_a_run_that_was_offloaded_goes_on_in_memory(
         patch.setattr(MODULE, "prune_layer", counted(made))
         start(source)
     assert len([name for name in made if ".0." in name]) == (7 if damaged else 0)
+    assert (f"{source.parent / 'out.run' / 'result'} is damaged: it is done again" in caplog.text) == damaged
     assert_as_if_nothing_had_happened(source)
 
 

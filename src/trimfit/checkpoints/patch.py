@@ -95,7 +95,7 @@ class PatchedShards:
             shutil.copyfile(index, self._directory / INDEX)
         for file in sorted(files):
             copy, known = self._copied(file), written.get(file.name, {})
-            for name in (name for name in read_spans(file)):
+            for name in read_spans(file):
                 if tensor_checksum(copy, name) != (known.get(name) or tensor_checksum(file, name)):
                     copy.unlink()
                     raise RunError(f"{name} in {copy} has changed since it was written; run again to go on")

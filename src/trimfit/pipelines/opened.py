@@ -1,4 +1,4 @@
-"""A checkpoint that is open to be pruned: in memory, or one block after the other from its files."""
+"""A checkpoint that is open to be worked on: in memory, or one block after the other from its files."""
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -133,5 +133,4 @@ def check_text(calibration: CalibrationConfig) -> None:
 
 def check_run_space(out: Path, needed: int, run: RunDirectory) -> None:
     """Raises `RunError` when the disk has no room for so many bytes, less those that an earlier run has written."""
-    written = sum(file.stat().st_size for file in run.path.rglob("*") if file.is_file())
-    check_space(out.absolute().parent, needed - written)
+    check_space(out.absolute().parent, needed - run.written)

@@ -51,7 +51,6 @@ def prune_checkpoint(
     request = {
         "command": "prune",
         "source": source,
-        "out": str(out.absolute()),
         "config": config.model_dump(),
         "calibration": calibration.model_dump(),
         "device": str(device) if ranks.count == 1 else device.type,

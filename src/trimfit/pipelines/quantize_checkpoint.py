@@ -60,7 +60,6 @@ def quantize_checkpoint(
     request = {
         "command": "quantize",
         "source": source,
-        "out": str(out.absolute()),
         "config": config.model_dump(),
         "calibration": None if calibration is None else calibration.model_dump(),
         "file_format": format,

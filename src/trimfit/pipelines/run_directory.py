@@ -95,6 +95,12 @@ class RunDirectory:
         """Where to write the output as a whole, while something is in `result`."""
         return self.path / _WHOLE
 
+    @property
+    def written(self) -> int:
+        """Bytes of what earlier runs have left that can be used."""
+        files = (file for file in self.path.rglob("*") if not any(file.match(name) for name in _LEFT_OVER))
+        return sum(file.stat().st_size for file in files if file.is_file())
+
     def __enter__(self) -> Self:
         if self.path.exists() and not _is_run(self.path):
             raise InputError(f"{self.path} is in the way: it is not the directory of a run; choose another output")
@@ -139,8 +145,9 @@ class RunDirectory:
                     f"{self._journal.path} is of another trimfit; remove {self.path} to begin again"
                 ) from error
             if not whole:
-                damaged = record["file"] if record.get("file") else self.result.name
-                log.warning("%s is damaged: it is done again, and what came after it", self.path / damaged)
+                gone = "part" in record and tuple(record["part"]) in moved
+                damaged = self.result if gone else self.path / record["file"]
+                log.warning("%s is damaged: it is done again, and what came after it", damaged)
                 self._journal.forget(number)
                 break
         request = {"run": self.id, "directory": str(Path.cwd()), **self._request}

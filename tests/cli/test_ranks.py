@@ -82,7 +82,9 @@ def test_shared_by_several(
     assert_the_same(tmp_path / "out", alone)
 
 
-@pytest.mark.parametrize(("family", "options"), [("mixtral", ("--offload",)), ("llama", ("--pattern", "2:4"))])
+@pytest.mark.parametrize(
+    ("family", "options"), [("mixtral", ("--offload",)), ("llama", ("--pattern", "2:4", "--damping", "auto"))]
+)
 def test_experts_and_reordered_inputs_are_shared(
     text: Path, tmp_path: Path, family: str, options: tuple[str, ...]
 ) -> None:

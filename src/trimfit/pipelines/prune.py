@@ -202,17 +202,19 @@ def _prune_groups(
         few = has_few(group, fit.tokens)
         fit = fit if fit.tokens else of_no_tokens(group, fit)
         with naming(group.layers[0]):
-            fit, *rest = _reordered(group, orders, [fit, *rest], config)
+            fit, *rest = _reordered(group, orders, [fit, *rest], config, walker.ranks)
             held_out = rest[0] if rest and rest[0].tokens else None
             row_weights = _row_weights(walker, block, group, fit) if config.weighs_rows else {}
             patterns = [_pattern(layer, config, allocation) for layer in group.layers]
-            inputs = Inputs(_factorise(group, patterns, fit, held_out, config), fit, held_out, row_weights, few)
+            inputs = Inputs(
+                _factorise(group, patterns, fit, held_out, config, walker.ranks), fit, held_out, row_weights, few
+            )
         for layer, pattern in zip(group.layers, patterns, strict=True):
             yield prune_layer(layer, block.index, inputs, config, pattern, walker.ranks)
 
 
 def _reordered(
-    group: Group, orders: Mapping[str, FreeOrder], moments: list[InputMoments], config: PruneConfig
+    group: Group, orders: Mapping[str, FreeOrder], moments: list[InputMoments], config: PruneConfig, ranks: Ranks
 ) -> list[InputMoments]:
     """The moments of a group, after the inputs of its only layer were reordered, if their order is free."""
     order = orders.get(group.layers[0].name) if len(group.layers) == 1 else None
@@ -221,7 +223,7 @@ def _reordered(
     damping = DEFAULT_DAMPING if config.damping == "auto" else config.damping
     damping = raised_damping(damping, group, moments[0].tokens)
     with stage("order"):
-        return reorder(order, config.mask_pattern, moments, config.share, damping)
+        return reorder(order, config.mask_pattern, moments, config.share, damping, ranks)
 
 
 def _row_weights(walker: Walker, block: Block, group: Group, fit: InputMoments) -> dict[str, Tensor]:
@@ -233,7 +235,12 @@ def _row_weights(walker: Walker, block: Block, group: Group, fit: InputMoments) 
 
 
 def _factorise(
-    group: Group, patterns: Sequence[Pattern], fit: InputMoments, held_out: InputMoments | None, config: PruneConfig
+    group: Group,
+    patterns: Sequence[Pattern],
+    fit: InputMoments,
+    held_out: InputMoments | None,
+    config: PruneConfig,
+    ranks: Ranks,
 ) -> FactoredGram:
     with stage("factorisation"):
         if config.damping != "auto" or has_few(group, fit.tokens):
@@ -242,4 +249,6 @@ def _factorise(
         if held_out is None:  # a run without any is refused, but an expert may get none of them
             return FactoredGram(fit.gram, DEFAULT_DAMPING)
         weights = [layer.weight.float() for layer in group.layers]
-        return choose_damping(weights, patterns, fit, held_out, config.share)
+        chosen = ranks.first_only(lambda: choose_damping(weights, patterns, fit, held_out, config.share))
+        damping = ranks.first(lambda: chosen.damping if chosen else 0.0)
+        return chosen or FactoredGram(fit.gram, damping)

@@ -69,7 +69,7 @@ def prune_layer(
                     ranks=ranks,
                 )
             candidates = {"optimal": solution.weight, **candidates}
-    accepted = _accepted(candidates, dense, inputs.held_out, config)
+    accepted: Accepted = ranks.first(lambda: _accepted(candidates, dense, inputs.held_out, config))
     if accepted != "optimal":
         solution = None
     weight = candidates[accepted]

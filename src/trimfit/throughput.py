@@ -15,6 +15,7 @@ _SIZE = {"cpu": 512}  # of square matrices: what takes milliseconds finds a mome
 _SIZE_ELSEWHERE = 8192
 _COPIED = {"cpu": 2**24}  # numbers
 _COPIED_ELSEWHERE = 2**28
+_CALLS = 512
 
 
 class Throughput(BaseModel):
@@ -22,7 +23,8 @@ class Throughput(BaseModel):
 
     - `model`, `float32`, `float64`: flops per second of a large matrix product, in the dtype of the model's weights and
       in those of Gram matrices and certificates.
-    - `memory`: bytes per second, read and written, of a copy. `disk`: bytes per second of a file that is read and
+    - `memory`: bytes per second, read and written, of a copy. `calls`: operations per second on tensors so small that
+      only starting them takes time. `disk`: bytes per second of a file that is read and
       hashed, as checkpoints are; a file that was just written, so it may come from the system's cache.
     """
 
@@ -32,6 +34,7 @@ class Throughput(BaseModel):
     float32: float
     float64: float
     memory: float
+    calls: float
     disk: float
 
 
@@ -44,6 +47,7 @@ def measure_throughput(device: torch.device, dtype: torch.dtype, folder: Path | 
         float32=rates[torch.float32],
         float64=rates[wide],
         memory=memory_rate(device),
+        calls=_call_rate(device),
         disk=_disk_rate(folder),
     )
 
@@ -61,6 +65,17 @@ def memory_rate(device: torch.device) -> float:
     a = torch.zeros(_COPIED.get(device.type, _COPIED_ELSEWHERE), device=device)
     out = torch.empty_like(a)
     return 2 * a.nbytes / _seconds(lambda: out.copy_(a), device)
+
+
+def _call_rate(device: torch.device) -> float:
+    """Operations per second that only have to be started, on rows of a matrix."""
+    a = torch.zeros(_CALLS, 32, device=device)
+
+    def call() -> None:
+        for row in a:
+            row.add_(1.0)
+
+    return _CALLS / _seconds(call, device)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

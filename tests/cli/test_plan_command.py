@@ -14,7 +14,7 @@ from trimfit.pipelines import plan as planning
 from trimfit.pipelines.plan import Capacity
 from trimfit.throughput import Throughput
 
-RATES = Throughput(model=1e9, float32=1e9, float64=1e9, memory=1e9, disk=1e9)
+RATES = Throughput(model=1e9, float32=1e9, float64=1e9, memory=1e9, calls=1e5, disk=1e9)
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def known_machine(monkeypatch: pytest.MonkeyPatch):
 
 def test_takes_the_options_of_prune():
     prune, planned = (inspect.signature(command).parameters for command in (commands.prune, plan.plan))
-    assert planned.keys() == prune.keys() - {"overwrite"}
+    assert planned.keys() == prune.keys() - {"plan"}
     for name, parameter in planned.items():
         if name != "output":
             assert parameter.default == prune[name].default
@@ -57,6 +57,31 @@ def test_what_cannot_fit_is_refused(here: Callable[..., Outcome], tiny: Path, mo
     outcome = here("plan", tiny)
     assert outcome.status == 2 and is_one_sentence(outcome)
     assert "of disk space" in outcome.stderr and "14 layers" in outcome.stdout
+
+
+@pytest.mark.parametrize("output", ["missing/out", "there", "theirs", "file", "a" * 210])
+@pytest.mark.parametrize("options", [(), ("--overwrite",)])
+def test_output_is_refused_by_the_sentence_of_prune(
+    here: Callable[..., Outcome], tiny: Path, tmp_path: Path, output: str, options: tuple[str, ...]
+):
+    """`there` has a trimfit.json, so that prune may overwrite it, but a file is in the way of its run directory."""
+    for folder in ("there", "theirs"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").touch()
+    (tmp_path / "there" / "trimfit.json").touch()
+    (tmp_path / "there.run").touch()
+    (tmp_path / "file").touch()
+    planned, pruned = (here(command, tiny, "-o", tmp_path / output, *options) for command in ("plan", "prune"))
+    assert planned.status == pruned.status == 2 and is_one_sentence(planned)
+    assert planned.stderr == pruned.stderr and planned.stdout == ""
+
+
+def test_output_that_can_be_written_is_planned(here: Callable[..., Outcome], tiny: Path, tmp_path: Path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "trimfit.json").touch()
+    for output in ("new", "old"):
+        assert here("plan", tiny, "-o", tmp_path / output, "--overwrite").status == 0
+    assert here("plan", tiny, "-o", tiny, "--overwrite").stderr == here("prune", tiny, "-o", tiny, "--overwrite").stderr
 
 
 @pytest.mark.parametrize(

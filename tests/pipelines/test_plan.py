@@ -51,14 +51,14 @@ def test_steps_of_the_solver_by_hand():
 
 def test_time_is_work_over_rates():
     work = costs(MODEL, job())
-    rates = dict.fromkeys(("model", "float32", "float64", "memory", "disk"), 1000.0)
+    rates = dict.fromkeys(("model", "float32", "float64", "memory", "calls", "disk"), 1000.0)
     assert seconds(work, rates)["forward"] == pytest.approx(40.0)
     assert seconds(work, rates | {"model": 4000.0})["forward"] == pytest.approx(10.0)
 
 
 @pytest.mark.parametrize("selector", ["joint", "sparsegpt"])
 def test_better_masks_cost_more(selector: str):
-    rates = dict.fromkeys(("model", "float32", "float64", "memory", "disk"), 1.0)
+    rates = dict.fromkeys(("model", "float32", "float64", "memory", "calls", "disk"), 1.0)
     assert seconds(costs(MODEL, job(selector=selector)), rates)["mask"] > seconds(costs(MODEL, job()), rates)["mask"]
 
 

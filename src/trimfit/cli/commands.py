@@ -11,7 +11,8 @@ from trimfit.errors import InputError
 
 if TYPE_CHECKING:
     from trimfit.calibration import CalibrationConfig
-    from trimfit.pipelines import PruneConfig
+    from trimfit.pipelines import PruneConfig, QuantizeConfig
+    from trimfit.pipelines.quantize_save import Format
 
 
 def demo(
@@ -87,10 +88,16 @@ def prune(
     memory_limit: options.MemoryLimit = None,
     device: options.Device = "auto",
     overwrite: options.Overwrite = False,
+    plan: options.Plan = False,
     json: options.Json = False,
 ) -> None:
     """Prune MODEL and refit what is left to the certified optimum."""
     given = dict(locals())
+    if plan:
+        from trimfit.cli.plan import plan_prune
+
+        plan_prune(given)
+        return
     from trimfit.checkpoints import resolve_device
     from trimfit.cli import show
     from trimfit.pipelines import prune_checkpoint
@@ -171,34 +178,22 @@ def quantize(
     memory_limit: options.MemoryLimit = None,
     device: options.Device = "auto",
     overwrite: options.Overwrite = False,
+    plan: options.Plan = False,
     json: options.Json = False,
 ) -> None:
     """Quantize MODEL's weights; asks for no data unless --calibration is given."""
-    from trimfit.calibration import CalibrationConfig
+    given = dict(locals())
+    if plan:
+        from trimfit.cli.plan import plan_quantize
+
+        plan_quantize(given)
+        return
     from trimfit.checkpoints import resolve_device
     from trimfit.cli import show
-    from trimfit.pipelines import QuantizeConfig, check_format, quantize_checkpoint
+    from trimfit.pipelines import quantize_checkpoint
     from trimfit.ranks import joined, local_device
 
-    asked: dict[str, Any] = {
-        "bits": bits,
-        "group_size": group_size,
-        "symmetric": symmetric,
-        "transform": transform,
-        "rounding": rounding,
-        "block_size": block_size,
-        "learned_steps": learned_steps,
-        "damping": damping,
-        "ignore": tuple(ignore or ()),
-        "batch_size": batch_size,
-    }
-    config = QuantizeConfig.model_validate(asked)
-    checked = check_format(format, config)
-    windows = None
-    if calibration is not None:
-        windows = CalibrationConfig(
-            source=calibration, field=field, split=split, samples=samples, sequence_length=sequence_length, seed=seed
-        )
+    config, windows, checked = quantize_configs(given)
     output = output.expanduser()
     show.quiet_libraries()
     here = local_device(resolve_device(device))
@@ -218,6 +213,20 @@ def quantize(
         )
     if ranks.is_first:
         show.quantize(report, calibration, checked, output, as_json=json)
+
+
+def quantize_configs(given: dict[str, Any]) -> tuple["QuantizeConfig", "CalibrationConfig | None", "Format"]:
+    """From the options of `quantize`, by their names; None where no data is asked for."""
+    from trimfit.calibration import CalibrationConfig
+    from trimfit.pipelines import QuantizeConfig, check_format
+
+    asked = {name: given[name] for name in QuantizeConfig.model_fields} | {"ignore": tuple(given["ignore"] or ())}
+    config = QuantizeConfig.model_validate(asked)
+    checked = check_format(given["format"], config)
+    if given["calibration"] is None:
+        return config, None, checked
+    drawn = {name: given[name] for name in CalibrationConfig.model_fields if name != "source"}
+    return config, CalibrationConfig(source=given["calibration"], **drawn), checked
 
 
 def evaluate(

@@ -9,6 +9,9 @@ Model = Annotated[str, typer.Argument(help="Model directory, hub name, or 'demo'
 Output = Annotated[Path, typer.Option("-o", "--output", help="Directory to write; must not exist.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
+Plan = Annotated[
+    bool, typer.Option("--plan", help="Only say what it would take: layers, time, memory and disk. Writes nothing.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
 Calibration = Annotated[

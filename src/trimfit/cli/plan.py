@@ -1,4 +1,4 @@
-"""`trimfit plan`: the options of `trimfit prune`, and what they would take."""
+"""`--plan` of `trimfit prune` and `trimfit quantize`, and `trimfit plan`, which is that of prune."""
 
 import inspect
 from pathlib import Path
@@ -8,33 +8,62 @@ import typer
 
 from trimfit.cli import commands
 from trimfit.cli.options import model_source
+from trimfit.errors import InputError
 
 if TYPE_CHECKING:
-    from trimfit.pipelines.plan import Plan
+    from trimfit.pipelines.plan import Plan, Target
 
 _Output = Annotated[
-    Path, typer.Option("-o", "--output", help="Where the output would be written: its disk must have the space.")
+    Path | None,
+    typer.Option("-o", "--output", help="Directory that would be written. \\[default: one in the working directory]"),
 ]
 
 
 def plan(**given: Any) -> None:
-    """Say what pruning MODEL would take: layers, time, memory and disk. Loads no weights; the options are prune's."""
+    """Say what pruning MODEL would take, as prune --plan does: layers, time, memory and disk. Loads no weights."""
+    plan_prune(given)
+
+
+def plan_prune(given: dict[str, Any]) -> None:
+    """Prints the plan of `trimfit prune` with these options."""
+    from trimfit.pipelines import plan
+
+    config, calibration = commands.prune_configs(given)
+    target = _target(given)
+    _say(plan.plan_prune(model_source(given["model"]), config, calibration, target), given["json"])
+
+
+def plan_quantize(given: dict[str, Any]) -> None:
+    """Prints the plan of `trimfit quantize` with these options."""
+    from trimfit.pipelines import plan
+
+    config, calibration, checked = commands.quantize_configs(given)
+    target = _target(given)
+    _say(plan.plan_quantize(model_source(given["model"]), config, calibration, checked, target), given["json"])
+
+
+def _target(given: dict[str, Any]) -> "Target":
     from trimfit.checkpoints import resolve_device
     from trimfit.cli import show
-    from trimfit.pipelines.plan import check_fits, plan_checkpoint
+    from trimfit.pipelines.plan import Target
+    from trimfit.ranks import launched
 
+    if launched():
+        raise InputError("a plan is made by one process: start it without torchrun")
     show.quiet_libraries()
-    config, calibration = commands.prune_configs(given)
-    planned = plan_checkpoint(
-        model_source(given["model"]),
-        given["output"].expanduser(),
-        config,
-        calibration,
-        device=resolve_device(given["device"]),
-        offload=given["offload"],
-        memory_limit=commands.size(given["memory_limit"]),
+    return Target(
+        None if given["output"] is None else given["output"].expanduser(),
+        resolve_device(given["device"]),
+        given["overwrite"],
+        given["offload"],
+        commands.size(given["memory_limit"]),
     )
-    if given["json"]:
+
+
+def _say(planned: "Plan", as_json: bool) -> None:
+    from trimfit.pipelines.plan import check_fits
+
+    if as_json:
         print(planned.model_dump_json(indent=1))
     else:
         _print(planned)
@@ -45,9 +74,9 @@ def _like_prune() -> inspect.Signature:
     """The same options with the same defaults, but for the output, which need not be told."""
     hints = get_type_hints(commands.prune, include_extras=True) | {"output": _Output}
     parameters = [
-        one.replace(annotation=hints[name], default=Path() if name == "output" else one.default)
+        one.replace(annotation=hints[name], default=None if name == "output" else one.default)
         for name, one in inspect.signature(commands.prune).parameters.items()
-        if name != "overwrite"
+        if name != "plan"
     ]
     plan.__annotations__ = {one.name: one.annotation for one in parameters}
     return inspect.Signature(sorted(parameters, key=lambda one: one.default is not one.empty))
@@ -63,9 +92,10 @@ def _print(plan: "Plan") -> None:
 
     console = Console(markup=False, highlight=False, soft_wrap=True)
     console.print(
-        f"{plan.layers} layers in {plan.blocks} blocks, {plan.weights / 1e9:.3g} billion weights to prune of "
-        f"{plan.parameters / 1e9:.3g} billion ({plan.model_bytes / 2**30:.2f} GiB); "
-        f"{plan.windows} windows of {plan.window_length} tokens on {plan.device}"
+        f"{plan.layers} layers in {plan.blocks} blocks, with {plan.weights / 1e9:.3g} of "
+        f"{plan.parameters / 1e9:.3g} billion weights ({plan.model_bytes / 2**30:.2f} GiB in all); "
+        + (f"{plan.windows} windows of {plan.window_length} tokens" if plan.windows else "no data")
+        + f" on {plan.device}"
         + (", one block at a time" if plan.offload else "")
     )
     table = show.empty_table("stage", "memory, GiB", "on the device, GiB")

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from trimfit.models.experts import ExpertLinear, first_called
+from trimfit.models.find_folds import find_folds
+from trimfit.models.flow import find_flow
 from trimfit.models.groups import AT_ONCE
 from trimfit.models.hooks import before
 from trimfit.models.structure import Block, Layer, find_blocks, select_layers
@@ -38,17 +40,40 @@ class GroupOutline:
 
 
 @dataclass(frozen=True)
+class HeadsOutline:
+    """V and O where they can be taken as pairs: `count` KV heads of width `size`, each of `group` query heads."""
+
+    count: int
+    group: int
+    size: int
+
+    @property
+    def value(self) -> int:
+        """Rows of V."""
+        return self.count * self.size
+
+    @property
+    def output(self) -> int:
+        """Columns of O."""
+        return self.value * self.group
+
+
+@dataclass(frozen=True)
 class BlockOutline:
     """One decoder block.
 
     - `flops`: of a forward pass over one window.
     - `bytes`: of all its weights; `largest`: of the widest activation of one token, in numbers.
+    - `heads`: None where V and O are no pairs.
+    - `units`: hidden ones of its MLP, where second moments can be followed through the block; else 0.
     """
 
     groups: tuple[GroupOutline, ...]
     flops: int
     bytes: int
     largest: int
+    heads: HeadsOutline | None = None
+    units: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,21 +98,29 @@ class Outline:
         return sum(rows * group.inputs for block in self.blocks for group in block.groups for rows in group.rows)
 
 
-def outline(config: PreTrainedConfig, dtype: torch.dtype, length: int, ignore: Iterable[str] = ()) -> Outline:
+def outline(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    length: int,
+    ignore: Iterable[str] = (),
+    check: Callable[[PreTrainedModel, Sequence[Block]], None] = lambda model, blocks: None,
+) -> Outline:
     """Builds the model without memory for its weights and takes one window of `length` tokens through it.
 
-    Layers that `ignore` matches are in no group. Errors are those of `find_blocks` and `select_layers`.
+    Layers that `ignore` matches are in no group. Errors are those of `find_blocks`, `select_layers`, and of `check`,
+    which is given the model and its blocks.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
         every = find_blocks(model)
         chosen = select_layers(model, every, ignore)
+        check(model, chosen)
         size = {block.name: sum(p.nbytes for p in block.module.parameters()) for block in every}
         embedding = model.get_input_embeddings().get_parameter("weight")
         traced = _trace(model.eval(), every, length)
         hidden = embedding.shape[1]
         return Outline(
-            tuple(_block(block, traced, size[block.name], hidden, length) for block in chosen),
+            tuple(_wired(model, block, _block(block, traced, size[block.name], hidden, length)) for block in chosen),
             dtype,
             sum(p.nbytes for p in model.parameters()),
             hidden,
@@ -165,6 +198,13 @@ def _block(block: Block, trace: _Trace | None, size: int, hidden: int, length: i
         share = len(trace.inputs[parameter]) / length / _experts(layers[0])
         groups += _expert_groups(layers, trace.before[parameter] - start, share, hidden)
     return BlockOutline(tuple(groups), trace.end[block.name] - start, size, largest)
+
+
+def _wired(model: PreTrainedModel, block: Block, found: BlockOutline) -> BlockOutline:
+    """With what its family's wiring tells."""
+    flow, pairs = find_flow(model, block.name), find_folds(model, block.name).pairs
+    heads = HeadsOutline(*pairs[0].output_columns.shape) if pairs else None
+    return replace(found, heads=heads, units=0 if flow is None else flow.hidden.down.weight.shape[1])
 
 
 def _expert_groups(layers: Sequence[Layer], flops_before: int, share: float, hidden: int) -> Iterator[GroupOutline]:

@@ -5,7 +5,8 @@ measured: the steps of the solver and of ADMM.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from trimfit.masks import NM
 from trimfit.masks.joint import SWAP_WORK
@@ -32,7 +33,7 @@ Costs = dict[str, Counter[str]]
 class Job:
     """What is to be done: a config, over (`fit` + `held_out`) windows; `offload` as for `prune_checkpoint`.
 
-    `solver_steps`: of an average refit.
+    `solver_steps`: of an average refit. `may_offload`: whether that may be asked for.
     """
 
     config: PruneConfig
@@ -40,11 +41,21 @@ class Job:
     held_out: int
     offload: bool = False
     solver_steps: int = SOLVER_STEPS
+    may_offload: bool = True
 
     @property
     def windows(self) -> int:
         """All of them."""
         return self.fit + self.held_out
+
+    def with_windows(self, count: int) -> Self:
+        """The same with fewer windows, of which the same share is held out."""
+        share = self.held_out * count // self.windows
+        return replace(self, fit=count - share, held_out=share)
+
+    def one_by_one(self) -> Self:
+        """The same with one window in a forward pass."""
+        return replace(self, config=self.config.model_copy(update={"batch_size": 1}))
 
     @property
     def streams(self) -> int:
@@ -156,6 +167,13 @@ def _file_bytes(model: Outline, job: Job) -> int:
     walks = 2 if job.config.split != "uniform" else 1
     # Checked and fingerprinted, copied, compared; causality; each walk sees two windows first; layers kept, and moved.
     return 5 * model.bytes + (1 + 4 * walks) * in_blocks + in_blocks + 4 * layers
+
+
+def prune_disk(model: Outline, job: Job) -> int:
+    """The output, and the finished layers beside it (of one block, if offloaded)."""
+    weights = [sum(rows * group.inputs for group in block.groups for rows in group.rows) for block in model.blocks]
+    beside = max(weights, default=0) if job.offload else sum(weights)
+    return model.bytes + beside * model.dtype.itemsize
 
 
 def seconds(work: Costs, rates: dict[str, float]) -> dict[str, float]:

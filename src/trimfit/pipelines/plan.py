@@ -1,26 +1,36 @@
-"""What a prune will take, before anything starts: time and memory by stage, disk, and whether it fits."""
+"""What a run will take, before anything starts: time and memory by stage, disk, and whether it fits."""
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedModel
 
 from trimfit.calibration import CalibrationConfig, held_out_count, window_length
+from trimfit.calibration.config import SELF
 from trimfit.checkpoints import read_config
+from trimfit.checkpoints.packed import check_packable
 from trimfit.errors import InputError
+from trimfit.models import Block
 from trimfit.models.outline import Outline, outline
 from trimfit.pipelines.config import PruneConfig
-from trimfit.pipelines.cost import Job, Memory, costs, memory, seconds
+from trimfit.pipelines.cost import Job, Memory, costs, memory, prune_disk, seconds
 from trimfit.pipelines.opened import check_text
+from trimfit.pipelines.quantize_config import QuantizeConfig
+from trimfit.pipelines.quantize_cost import QuantizeJob, quantize_costs, quantize_disk, quantize_memory
+from trimfit.pipelines.quantize_save import Format, check_offload
 from trimfit.pipelines.records import peak_memory
+from trimfit.pipelines.run_start import check_target
 from trimfit.throughput import Throughput, measure_throughput
 
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 _LEAST_LIMIT = 2**28  # of hidden states, that a remedy names
+
+AnyJob = Job | QuantizeJob
 
 
 class Peak(BaseModel):
@@ -36,7 +46,8 @@ class Peak(BaseModel):
 class Plan(BaseModel):
     """What a run is expected to take.
 
-    - `layers`, `weights`: to prune; `parameters`: of the whole model, in numbers.
+    - `layers`, `weights`: to work on; `parameters`: of the whole model, in numbers.
+    - `windows`, `window_length`: of calibration; 0 where no data is asked for.
     - `disk`, `disk_free`: bytes beside the output, while the run lasts, and what is free there.
     - `peaks`: memory by stage; `host_total`, `device_total`: what there is.
     - `seconds`: by stage, from `throughput`, which was measured on this device.
@@ -75,57 +86,97 @@ class Capacity:
     base: int
 
 
-def plan_checkpoint(
-    source: str,
-    out: Path,
-    config: PruneConfig,
-    calibration: CalibrationConfig,
-    *,
-    device: torch.device,
-    offload: bool = False,
-    memory_limit: int | None = None,
-) -> Plan:
+@dataclass(frozen=True)
+class Target:
+    """Where a run would work and write: arguments of `prune_checkpoint` and `quantize_checkpoint`, by their names.
+
+    Without an `out` the disk is that of the working directory.
+    """
+
+    out: Path | None
+    device: torch.device
+    overwrite: bool = False
+    offload: bool = False
+    memory_limit: int | None = None
+
+    @property
+    def folder(self) -> Path:
+        """On whose disk the run writes."""
+        return Path.cwd() if self.out is None else self.out.absolute().parent
+
+
+def plan_prune(source: str, config: PruneConfig, calibration: CalibrationConfig, target: Target) -> Plan:
     """Plans `prune_checkpoint` with the same arguments, from config and headers of the weights alone.
 
-    Raises `InputError` for a model that cannot be pruned.
+    Raises `InputError` for a model that cannot be pruned, and for an `out` that may not be written.
     """
-    if offload:
+    _check(source, target)
+    if target.offload:
         check_text(calibration)
     model_config, dtype = read_config(source)
     length = window_length(calibration.sequence_length, model_config)
     model = outline(model_config, dtype, length, config.ignore)
     held_out = held_out_count(calibration.samples, config.held_out)
-    job = Job(config, calibration.samples - held_out, held_out, offload)
-    room = capacity(device, out)
-    throughput = measure_throughput(device, dtype)
-    rates = throughput.model_dump()
-    peaks = memory_peaks(model, job, memory_limit, room)
-    disk = disk_bytes(model, job, memory_limit)
+    fit = calibration.samples - held_out
+    job = Job(config, fit, held_out, target.offload, may_offload=calibration.source != SELF)
+    return _plan(source, model, job, target)
+
+
+def plan_quantize(
+    source: str, config: QuantizeConfig, calibration: CalibrationConfig | None, format: Format, target: Target
+) -> Plan:
+    """Plans `quantize_checkpoint`, as `plan_prune` does. Weights are taken to be in files that can be read by block."""
+    _check(source, target)
+    if target.offload:
+        check_offload(format, calibration)
+    model_config, dtype = read_config(source)
+    length = 1 if calibration is None else window_length(calibration.sequence_length, model_config)
+
+    def check(model: PreTrainedModel, blocks: Sequence[Block]) -> None:
+        if format == "packed":
+            check_packable(model, [layer.name for block in blocks for layer in block.layers])
+
+    model = outline(model_config, dtype, length, config.ignore, check)
+    by_block = target.offload or (format == "packed" and calibration is None)
+    may_offload = format != "gguf" and (calibration is None or calibration.source != SELF)
+    windows = 0 if calibration is None else calibration.samples
+    return _plan(source, model, QuantizeJob(config, format, windows, by_block, may_offload), target)
+
+
+def _check(source: str, target: Target) -> None:
+    if target.out is not None:
+        check_target(source, target.out, target.overwrite)
+
+
+def _plan(source: str, model: Outline, job: AnyJob, target: Target) -> Plan:
+    room, limit = capacity(target.device, target.folder), target.memory_limit
+    throughput = measure_throughput(target.device, model.dtype)
+    work = quantize_costs(model, job) if isinstance(job, QuantizeJob) else costs(model, job)
     return Plan(
         source=source,
-        device=str(device),
-        offload=offload,
+        device=str(target.device),
+        offload=job.offload,
         blocks=len(model.blocks),
         layers=sum(len(group.rows) for block in model.blocks for group in block.groups),
         weights=model.weights,
-        parameters=model.bytes // dtype.itemsize,
+        parameters=model.bytes // model.dtype.itemsize,
         model_bytes=model.bytes,
-        windows=calibration.samples,
-        window_length=length,
-        disk=disk,
+        windows=job.windows,
+        window_length=model.length if job.windows else 0,
+        disk=disk_bytes(model, job, limit),
         disk_free=room.disk,
-        peaks=peaks,
+        peaks=memory_peaks(model, job, limit, room),
         host_total=room.host,
         device_total=room.device or 0,
-        seconds={stage: time for stage, time in seconds(costs(model, job), rates).items() if time},
+        seconds={stage: time for stage, time in seconds(work, throughput.model_dump()).items() if time},
         throughput=throughput,
-        problem=find_problem(model, job, memory_limit, room),
+        problem=find_problem(model, job, limit, room),
     )
 
 
-def memory_peaks(model: Outline, job: Job, limit: int | None, room: Capacity) -> list[Peak]:
+def memory_peaks(model: Outline, job: AnyJob, limit: int | None, room: Capacity) -> list[Peak]:
     """By stage; the largest is what is needed."""
-    held = memory(model, job)
+    held = _memory(model, job)
     states = held.states if limit is None else min(held.states, limit)
     tensor = model.vocabulary * model.hidden * model.dtype.itemsize  # the largest, read again to be verified
     opened = tensor + held.weights if job.offload else model.bytes
@@ -142,7 +193,11 @@ def memory_peaks(model: Outline, job: Job, limit: int | None, room: Capacity) ->
     return [Peak(stage=name, host=int(room.base + h), device=int(d)) for name, (h, d) in stages.items()]
 
 
-def _blocks(held: Memory, states: float, job: Job) -> tuple[float, float]:
+def _memory(model: Outline, job: AnyJob) -> Memory:
+    return quantize_memory(model, job) if isinstance(job, QuantizeJob) else memory(model, job)
+
+
+def _blocks(held: Memory, states: float, job: AnyJob) -> tuple[float, float]:
     """Bytes on the host and on a device apart from it: hidden states wait on the device unless the model is offloaded.
 
     What is above a limit is in files, which the host maps while it uses them.
@@ -151,25 +206,23 @@ def _blocks(held: Memory, states: float, job: Job) -> tuple[float, float]:
     return (states + held.copy, on_device) if job.offload else (0.0, on_device + states)
 
 
-def disk_bytes(model: Outline, job: Job, limit: int | None) -> int:
-    """The output, the finished layers beside it (of one block, if offloaded), and hidden states above the limit."""
-    spilled = 0.0 if limit is None else max(0.0, memory(model, job).states - limit)
-    weights = [sum(rows * group.inputs for group in block.groups for rows in group.rows) for block in model.blocks]
-    beside = max(weights, default=0) if job.offload else sum(weights)
-    return int(model.bytes + beside * model.dtype.itemsize + spilled)
+def disk_bytes(model: Outline, job: AnyJob, limit: int | None) -> int:
+    """The output, what is finished of it beside it, and hidden states above the limit."""
+    spilled = 0.0 if limit is None else max(0.0, _memory(model, job).states - limit)
+    written = quantize_disk(model, job) if isinstance(job, QuantizeJob) else prune_disk(model, job)
+    return int(written + spilled)
 
 
-def capacity(device: torch.device, out: Path) -> Capacity:
-    """What this machine has, if nothing else runs on it."""
+def capacity(device: torch.device, folder: Path) -> Capacity:
+    """What this machine has, with the disk of `folder`, if nothing else runs on it."""
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if _CGROUP.is_file() and (text := _CGROUP.read_text().strip()).isdigit():
         host = min(host, int(text))  # a container's share
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    parent = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
-    return Capacity(host, total, shutil.disk_usage(parent).free, peak_memory(torch.device("cpu")))
+    return Capacity(host, total, shutil.disk_usage(folder).free, peak_memory(torch.device("cpu")))
 
 
-def find_problem(model: Outline, job: Job, limit: int | None, room: Capacity) -> str | None:
+def find_problem(model: Outline, job: AnyJob, limit: int | None, room: Capacity) -> str | None:
     """One sentence on what cannot fit and what would."""
     lack = _lack(model, job, limit, room)
     if lack is None:
@@ -180,7 +233,7 @@ def find_problem(model: Outline, job: Job, limit: int | None, room: Capacity) ->
     return f"{lack}, and no option would change that: take a larger machine"
 
 
-def _lack(model: Outline, job: Job, limit: int | None, room: Capacity) -> str | None:
+def _lack(model: Outline, job: AnyJob, limit: int | None, room: Capacity) -> str | None:
     peaks = memory_peaks(model, job, limit, room)
     needs: Mapping[str, tuple[int, int | None]] = {
         "memory": (max(peak.host for peak in peaks), room.host),
@@ -193,22 +246,20 @@ def _lack(model: Outline, job: Job, limit: int | None, room: Capacity) -> str | 
     return None
 
 
-def _remedies(model: Outline, job: Job, limit: int | None, room: Capacity) -> dict[str, tuple[Job, int | None]]:
+def _remedies(model: Outline, job: AnyJob, limit: int | None, room: Capacity) -> dict[str, tuple[AnyJob, int | None]]:
     """By what to say: jobs that do the same with less, the least loss first."""
     offloaded, least = replace(job, offload=True), max(_LEAST_LIMIT, room.host // 8)
     size = f"--memory-limit {least / 2**30:.3g}GiB"
-    found = {} if job.offload else {"give --offload": (offloaded, limit)}
-    if limit is None or limit > least:
-        found |= {f"give {size}": (job, least), f"give --offload {size}": (offloaded, least)}
-    small = replace(job, config=job.config.model_copy(update={"batch_size": 1}))
+    spills = job.windows > 0 and (limit is None or limit > least)
+    alone: dict[str, tuple[AnyJob, int | None]] = {} if job.offload else {"give --offload": (offloaded, limit)}
+    found = alone | ({f"give {size}": (job, least), f"give --offload {size}": (offloaded, least)} if spills else {})
+    small = job.one_by_one()
     found |= {"give --batch-size 1": (small, limit)}
     for count in _halves(job.windows):
-        share = job.held_out * count // job.windows
         for fewer, options in ((job, ""), (offloaded, "" if job.offload else " --offload")):
-            smaller = replace(fewer, fit=count - share, held_out=share)
-            found[f"give --samples {count}{options}"] = (smaller, limit)
-    tiny = replace(small, offload=True)
-    return found | {f"give --offload --batch-size 1 {size}": (tiny, least)}
+            found[f"give --samples {count}{options}"] = (fewer.with_windows(count), limit)
+    found |= {f"give --offload --batch-size 1 {size}": (replace(small, offload=True), least)}
+    return {option: other for option, other in found.items() if job.may_offload or not other[0].offload}
 
 
 def _halves(count: int) -> Iterator[int]:

@@ -27,7 +27,7 @@ from trimfit.ranks import ALONE, Ranks
 from trimfit.refit import FactoredGram
 from trimfit.refit.gram import widest
 
-_RUN = 1024  # columns
+RUN = 1024  # columns
 
 _KEPT_ZEROS = "a pruned layer takes no online transformation: mixing its inputs would fill its zeros"
 
@@ -174,7 +174,7 @@ class BlockWork:
         group = self.config.grid.fitted(width).group_size
         if data or group is None:
             return [slice(0, width)]
-        run = max(1, _RUN // group) * group
+        run = max(1, RUN // group) * group
         return [slice(start, min(start + run, width)) for start in range(0, width, run)]
 
     def _find_transform(self, layers: Sequence[Layer]) -> BlockTransform | None:

@@ -10,7 +10,6 @@ from torch import Tensor
 from trimfit.calibration import CalibrationConfig, SelfSample
 from trimfit.checkpoints import atomic_directory, load_checkpoint
 from trimfit.checkpoints.stream import open_stream
-from trimfit.errors import InputError
 from trimfit.models import find_blocks, select_layers
 from trimfit.pipelines.observer import Observer, Silent
 from trimfit.pipelines.opened import InMemory, Offloaded, check_run_space
@@ -18,7 +17,7 @@ from trimfit.pipelines.quantize import QuantizeRun
 from trimfit.pipelines.quantize_config import QuantizeConfig
 from trimfit.pipelines.quantize_ledger import KeptBlocks
 from trimfit.pipelines.quantize_records import QuantizeReport
-from trimfit.pipelines.quantize_save import Format, QuantizeRecord, Result
+from trimfit.pipelines.quantize_save import Format, QuantizeRecord, Result, check_offload
 from trimfit.pipelines.run_directory import RunDirectory, run_path
 from trimfit.pipelines.run_start import check_same_model, enter_run, identity, there
 from trimfit.pipelines.weight_moments import WeightMoments
@@ -132,9 +131,8 @@ def quantize_checkpoint(
 def _open(
     source: str, device: torch.device, calibration: CalibrationConfig | None, format: Format, offload: bool
 ) -> InMemory | Offloaded:
-    if offload and format == "gguf":
-        raise InputError("a GGUF file is written from a model in memory: leave out --offload, or use another --format")
     if offload:
+        check_offload(format, calibration)
         return Offloaded.open(source, device, calibration)
     stream = open_stream(source, device) if format == "packed" and calibration is None else None
     return InMemory(load_checkpoint(source, device)) if stream is None else Offloaded(stream)

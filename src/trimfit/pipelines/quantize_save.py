@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from trimfit.calibration import CalibrationConfig
 from trimfit.checkpoints import save_checkpoint, write_sidecar
 from trimfit.checkpoints.gguf import check_gguf, write_gguf
 from trimfit.checkpoints.packed import PackedWriter, check_packable, plain_tensors
@@ -15,7 +16,7 @@ from trimfit.errors import InputError
 from trimfit.models import Block
 from trimfit.pipelines.checkpoint_record import CheckpointRecord
 from trimfit.pipelines.checks import check_stream
-from trimfit.pipelines.opened import InMemory, Offloaded
+from trimfit.pipelines.opened import InMemory, Offloaded, check_text
 from trimfit.pipelines.quantize_config import QuantizeConfig
 from trimfit.pipelines.quantize_ledger import KeptBlocks
 from trimfit.pipelines.quantize_records import QuantizeReport
@@ -35,6 +36,14 @@ def check_format(name: str, config: QuantizeConfig) -> Format:
     if found == "gguf" and not (config.symmetric and config.bits in (4, 8)):
         raise InputError("a GGUF file holds symmetric grids of 4 or 8 bits: give --symmetric, and --bits 4 or 8")
     return found
+
+
+def check_offload(format: Format, calibration: CalibrationConfig | None) -> None:
+    """Raises `InputError` for what a model that is offloaded cannot be written as, or cannot give."""
+    if format == "gguf":
+        raise InputError("a GGUF file is written from a model in memory: leave out --offload, or use another --format")
+    if calibration is not None:
+        check_text(calibration)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,13 @@ def run_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.run")
 
 
+def check_run_path(out: Path) -> None:
+    """Raises `InputError` when something else than a run is there."""
+    path = run_path(out)
+    if path.exists() and not _is_run(path):
+        raise InputError(f"{path} is in the way: it is not the directory of a run; choose another output")
+
+
 @dataclass(frozen=True)
 class Part:
     """Something that is finished: tensors in a file, and what is recorded of it, as JSON.
@@ -102,8 +109,7 @@ class RunDirectory:
         return sum(file.stat().st_size for file in files if file.is_file())
 
     def __enter__(self) -> Self:
-        if self.path.exists() and not _is_run(self.path):
-            raise InputError(f"{self.path} is in the way: it is not the directory of a run; choose another output")
+        check_run_path(self._out)
         self._journal.__enter__()
         return self
 

@@ -8,16 +8,22 @@ from typing import Any
 from trimfit.checkpoints import check_output
 from trimfit.errors import InputError
 from trimfit.pipelines.records import versions
-from trimfit.pipelines.run_directory import RunDirectory
+from trimfit.pipelines.run_directory import RunDirectory, check_run_path
 from trimfit.ranks import Ranks
 
 
 def enter_run(stack: ExitStack, source: str, out: Path, overwrite: bool, request: Mapping[str, Any]) -> RunDirectory:
     """The run directory, when `out` can be written."""
+    check_target(source, out, overwrite)
+    return stack.enter_context(RunDirectory(out, request))
+
+
+def check_target(source: str, out: Path, overwrite: bool) -> None:
+    """Raises `InputError` when a run may not write `out`, as far as that can be told before it begins."""
     if overwrite:
         check_source_stays(source, out)
     check_output(out, overwrite)
-    return stack.enter_context(RunDirectory(out, request))
+    check_run_path(out)
 
 
 def there(run: RunDirectory | None) -> RunDirectory:

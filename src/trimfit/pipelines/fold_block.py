@@ -104,9 +104,9 @@ def _input_energy(pair: ValueOutput, folds: Folds, like: Tensor) -> Tensor:
 def _product_error(pair: ValueOutput, value: Tensor, output: Tensor, energy: Tensor, grid: Grid) -> float:
     """Σ over heads ‖(A B − Â B̂) diag(energy)^{1/2}‖² with both rounded to nearest."""
     a, b = pair.gather(value, output)
-    rounded = (_rounded(value, grid), _rounded(output, grid))
-    rounded_a, rounded_b = pair.gather(*rounded)
-    return ((a @ b - rounded_a @ rounded_b) * energy.sqrt()).square().sum().item()
+    rounded = pair.gather(_rounded(value, grid), _rounded(output, grid))
+    heads = zip(a, b, *rounded, strict=True)  # one by one: a product may be larger than both layers together
+    return sum(((a @ b - c @ d) * energy.sqrt()).square().sum().item() for a, b, c, d in heads)
 
 
 def _rounded(weight: Tensor, grid: Grid) -> Tensor:

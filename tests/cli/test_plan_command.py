@@ -1,13 +1,15 @@
-"""`trimfit plan`: the options of prune, the numbers of the model, exit 2 for what cannot fit. No weight is read."""
+"""`trimfit plan` and --plan: numbers of the model, exit 2 for what cannot fit. No weight is read, nothing written."""
 
 import inspect
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from cli_helpers import CONTEXT, Outcome, is_one_sentence, make_model
+from cli_helpers import CONTEXT, VOCABULARY, Outcome, is_one_sentence, make_model, nothing_but, save_model
+from families import FAMILIES
 
 from trimfit.cli import commands, plan
 from trimfit.pipelines import plan as planning
@@ -98,3 +100,66 @@ def test_what_prune_refuses_plan_refuses(
 ):
     outcome = here("plan", tiny, *options)
     assert outcome.status == 2 and is_one_sentence(outcome) and expected in outcome.stderr
+
+
+@pytest.mark.parametrize("command", ["prune", "quantize"])
+def test_the_command_itself_plans(here: Callable[..., Outcome], tiny: Path, tmp_path: Path, command: str):
+    outcome = here(command, tiny, "-o", tmp_path / "out", "--plan")
+    assert outcome.status == 0 and "14 layers in 2 blocks" in outcome.stdout
+    assert nothing_but(tmp_path)
+    told = [here(*words, "-o", tmp_path / "no" / "out") for words in ((command, tiny, "--plan"), (command, tiny))]
+    assert told[0] == told[1] and is_one_sentence(told[0])
+
+
+def test_prune_plans_as_plan_does(here: Callable[..., Outcome], tiny: Path, tmp_path: Path):
+    options = (tiny, "-o", tmp_path / "out", "--samples", "8", "--json")
+    own, apart = (json.loads(here(*words).stdout) for words in (("prune", *options, "--plan"), ("plan", *options)))
+    assert {**own, "peaks": 0, "disk_free": 0} == {**apart, "peaks": 0, "disk_free": 0}
+
+
+def test_quantize_plans_what_was_asked(here: Callable[..., Outcome], tiny: Path, tmp_path: Path):
+    """Packed without data is made block by block by itself; with data, or dense, it is not."""
+
+    def planned(*options: str) -> dict[str, Any]:
+        return json.loads(here("quantize", tiny, "-o", tmp_path / "out", "--plan", "--json", *options).stdout)
+
+    packed, dense, seen = planned(), planned("--format", "dense"), planned("--calibration", "demo", "--samples", "16")
+    assert [one["offload"] for one in (packed, dense, seen)] == [True, False, False]
+    assert [one["windows"] for one in (packed, dense, seen)] == [0, 0, 16]
+    assert "forward" in seen["seconds"] and "forward" not in packed["seconds"]
+    assert packed["disk"] < dense["disk"]
+    assert "no data" in here("quantize", tiny, "-o", tmp_path / "out", "--plan").stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--bits", "9"), "--bits"),
+        (("--format", "gguf", "--symmetric", "--offload"), "leave out --offload"),
+        (("--calibration", "self", "--offload"), "leave out --offload"),
+        (("--ignore", "*"), "the ignore patterns leave no layer"),
+    ],
+)
+def test_what_quantize_refuses_its_plan_refuses(
+    here: Callable[..., Outcome], tiny: Path, tmp_path: Path, options: tuple[str, ...], expected: str
+):
+    command = ("quantize", tiny, "-o", tmp_path / "out", *options)
+    planned, run = here(*command, "--plan"), here(*command)
+    assert planned.status == 2 and expected in planned.stderr
+    assert planned == run
+
+
+def test_model_that_cannot_be_packed_is_refused(here: Callable[..., Outcome], tmp_path: Path):
+    source = save_model(tmp_path / "gpt2", FAMILIES["gpt2"].build(vocab_size=VOCABULARY))
+    command = ("quantize", source, "-o", tmp_path / "out")
+    assert here(*command, "--plan") == here(*command)
+    assert here(*command, "--plan", "--format", "dense").status == 0
+
+
+def test_a_plan_is_made_by_one_process(
+    here: Callable[..., Outcome], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    outcome = here("quantize", tiny, "-o", tmp_path / "out", "--plan")
+    assert outcome.status == 2 and is_one_sentence(outcome) and "without torchrun" in outcome.stderr

@@ -184,7 +184,7 @@ def test_error_feedback_in_runs_of_columns(monkeypatch: pytest.MonkeyPatch):
     """As in layers of many thousand inputs: levels are those of the grid, and zeros stay."""
     weights: list[Tensor] = []
     for run in (1024, 16):
-        monkeypatch.setattr("trimfit.pipelines.quantize_block._RUN", run)
+        monkeypatch.setattr("trimfit.pipelines.quantize_block.RUN", run)
         model = pruned(None)
         dense = copy.deepcopy(model)
         report = quantize(model, config(bits=3, group_size=8, symmetric=True))

@@ -24,7 +24,7 @@ from trimfit.quant.rounding import SWEEPS
 _PLACE_BYTES = 3000  # 16 clip ratios, twice each: some twelve passes
 _ROUND_BYTES = 220  # one pass of error feedback or coordinate descent
 _BALANCE_BYTES = 160
-_LEARN_BYTES = 400  # a step
+_LEARN_BYTES = 200  # a step
 _PACK_BYTES = 400
 _TOLD_BYTES = 60  # errors and zeros of a finished layer
 

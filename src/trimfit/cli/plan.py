@@ -112,7 +112,7 @@ def _print(plan: "Plan") -> None:
     rates = plan.throughput
     console.print(
         f"measured here: {rates.model / 1e9:.0f} Gflop/s in the model's dtype, {rates.float32 / 1e9:.0f} in float32, "
-        f"{rates.float64 / 1e9:.0f} in float64; memory {rates.memory / 1e9:.1f} GB/s, files {rates.disk / 1e9:.1f} GB/s; "
-        f"{rates.calls / 1e3:.0f} thousand small operations/s"
+        f"{rates.float64 / 1e9:.0f} in float64; memory {rates.memory / 1e9:.1f} GB/s, files {rates.disk / 1e9:.1f} "
+        f"GB/s; {rates.calls / 1e3:.0f} thousand small operations/s"
     )
     console.print(f"disk: {plan.disk / 2**30:.2f} GiB beside the output, {plan.disk_free / 2**30:.1f} GiB free")

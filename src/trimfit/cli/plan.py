@@ -115,4 +115,4 @@ def _print(plan: "Plan") -> None:
         f"{rates.float64 / 1e9:.0f} in float64; memory {rates.memory / 1e9:.1f} GB/s, files {rates.disk / 1e9:.1f} "
         f"GB/s; {rates.calls / 1e3:.0f} thousand small operations/s"
     )
-    console.print(f"disk: {plan.disk / 2**30:.2f} GiB beside the output, {plan.disk_free / 2**30:.1f} GiB free")
+    console.print(f"disk: {plan.disk / 2**30:.2f} GiB with the output, {plan.disk_free / 2**30:.1f} GiB free")

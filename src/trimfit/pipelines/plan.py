@@ -48,7 +48,7 @@ class Plan(BaseModel):
 
     - `layers`, `weights`: to work on; `parameters`: of the whole model, in numbers.
     - `windows`, `window_length`: of calibration; 0 where no data is asked for.
-    - `disk`, `disk_free`: bytes beside the output, while the run lasts, and what is free there.
+    - `disk`, `disk_free`: bytes of the output and of what is beside it while the run lasts, and what is free there.
     - `peaks`: memory by stage; `host_total`, `device_total`: what there is.
     - `seconds`: by stage, from `throughput`, which was measured on this device.
     - `problem`: why it cannot fit, with the option that would help; None if it fits.

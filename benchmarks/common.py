@@ -117,7 +117,7 @@ class Bench:
 
 
 def indivisible(model: PreTrainedModel, pattern: dict[str, Any]) -> tuple[str, ...]:
-    """Layers whose width the pattern does not divide; they stay dense."""
+    """Layers whose width the pattern does not divide; they lose no weights."""
     if "pattern" not in pattern:
         return ()
     m = parse_pattern(pattern["pattern"]).m

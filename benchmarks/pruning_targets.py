@@ -6,13 +6,16 @@
 
 - `best`: joint masks with an allocation by measured cost, refit, target "dense": the defaults of `trimfit prune`.
 - `best, self`: the same on windows that the model itself wrote.
-- `layer target`, `all of the way`, `uniform`, `equal rows`, `given order`: the best with one part changed: the target,
-  `dense_share=1`, the allocation, the weights of rows of Q and K, no reordered inputs. Run when named in --methods.
+- `layer target`, `all of the way`, `uniform`, `equal rows`, `given order`, `left alone`: the best with one part
+  changed: the target, `dense_share=1`, the allocation, the weights of rows of Q and K, no reordered inputs, no refit of
+  layers that an N:M pattern does not divide. Run when named in --methods.
 - `OPTIMA`: Wanda's mask per row, optimal refit, target "layer".
 - `SparseGPT`: its own mask and update, per layer.
 - `ALPS`: ADMM with its own schedule, per layer, and 10 steps of conjugate gradients (benchmarks/alps.py).
 
-All see each group of layers through what is pruned already. Excess is ln perplexity less that of the dense model.
+All see each group of layers through what is pruned already. Layers that an N:M pattern does not divide stay dense;
+`best` refits them (`keep_dense`), and with the target "layer" of the other protocols there is nothing to refit.
+Excess is ln perplexity less that of the dense model.
 With --task there is the accuracy on a task of `trimfit eval` too.
 Prints each cell as it comes, then Markdown tables.
 """
@@ -40,6 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "uniform": {"allocation": "uniform"},
     "equal rows": {"row_weights": "equal"},
     "given order": {"reorder": False},
+    "left alone": {},
     "OPTIMA": {"selector": "wanda", **PLAIN},
     "SparseGPT": {"selector": "sparsegpt", "refit": "own", **PLAIN},
     "ALPS": {"selector": "alps", "refit": "own", **PLAIN},
@@ -65,8 +69,9 @@ def main() -> None:
         for label, method in itertools.product(arguments.patterns, arguments.methods):
             bench.restore()
             pattern = PATTERNS[label]
+            kept = "ignore" if method == "left alone" else "keep_dense"
             config = trimfit.PruneConfig.model_validate(
-                {"ignore": indivisible(bench.model, pattern), **_possible(METHODS[method], pattern), **pattern}
+                {kept: indivisible(bench.model, pattern), **_possible(METHODS[method], pattern), **pattern}
             )
             start = time.perf_counter()
             trimfit.prune(bench.model, windows["self" if method.endswith("self") else arguments.calibration], config)

@@ -223,7 +223,8 @@ def test_layers_that_a_pattern_does_not_divide_stay_dense(source: str, data: Pat
     (row,) = comparison.rows
     report = row.cells[0].report
     assert report is not None
-    assert len(report.layers) == 12 and not any("down_proj" in record.name for record in report.layers)
+    assert len(report.layers) == 14
+    assert all((record.sparsity == 0) == ("down_proj" in record.name) for record in report.layers)
     pruned, dense = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 2 * 48 * 32), 2 * 32 * 48
     zeros = row.spread(comparison.quantities["zeros"])
     assert zeros is not None and zeros.mean == pytest.approx(0.5 * pruned / (pruned + dense))

@@ -73,6 +73,7 @@ def prune(
     damping: options.Damping = "0.01",
     capture: options.Capture = "group",
     ignore: options.Ignore = None,
+    keep_dense: options.KeepDense = None,
     held_out: options.HeldOut = 0.125,
     guard: Annotated[
         bool, typer.Option(help="Give a layer simpler weights where the refit is worse on held-out windows.")
@@ -129,7 +130,8 @@ def prune_configs(given: dict[str, Any]) -> tuple["PruneConfig", "CalibrationCon
     from trimfit.calibration import CalibrationConfig
     from trimfit.pipelines import PruneConfig
 
-    asked = {name: given[name] for name in PruneConfig.model_fields} | {"ignore": tuple(given["ignore"] or ())}
+    asked = {name: given[name] for name in PruneConfig.model_fields}
+    asked |= {name: tuple(given[name] or ()) for name in ("ignore", "keep_dense")}
     drawn = {name: given[name] for name in CalibrationConfig.model_fields if name != "source"}
     return PruneConfig.model_validate(asked), CalibrationConfig(source=given["calibration"], **drawn)
 

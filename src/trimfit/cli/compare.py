@@ -50,6 +50,7 @@ def compare(
     damping: options.Damping = "0.01",
     capture: options.Capture = "group",
     ignore: options.Ignore = None,
+    keep_dense: options.KeepDense = None,
     held_out: options.HeldOut = 0.125,
     guard: Annotated[
         bool,
@@ -84,6 +85,7 @@ def compare(
         "damping": damping,
         "capture": capture,
         "ignore": tuple(ignore or ()),
+        "keep_dense": tuple(keep_dense or ()),
         "held_out": held_out,
         "guard": guard,
         "batch_size": batch_size,

@@ -44,6 +44,13 @@ Scope = Annotated[
 Damping = Annotated[str, typer.Option(help="λ in H + λ·mean(diag H)·I, or auto: chosen on held-out windows.")]
 Capture = Annotated[str, typer.Option(help="Recapture inputs per group (ours) or block (the paper's).")]
 Ignore = Annotated[list[str] | None, typer.Option(help="Layers to leave as they are: glob, or re:REGEX. Repeatable.")]
+KeepDense = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Layers that lose no weight, but are refitted with the others to make up for what those lost, such as "
+        "layers that an N:M pattern does not divide: glob, or re:REGEX. Repeatable."
+    ),
+]
 HeldOut = Annotated[float, typer.Option(help="Share of windows kept aside to measure layer errors.")]
 
 Window = Annotated[

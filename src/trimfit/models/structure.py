@@ -173,20 +173,23 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def select_layers(model: PreTrainedModel, blocks: Sequence[Block], ignore: Iterable[str]) -> list[Block]:
+def select_layers(
+    model: PreTrainedModel, blocks: Sequence[Block], ignore: Iterable[str], option: str = "ignore"
+) -> list[Block]:
     """The blocks, each with only those of its layers that no pattern of `ignore` matches.
 
     A pattern is a glob on the layer's name or on its end ("*.q_proj", "q_proj", "model.layers.0.*"), or a regular
-    expression after "re:", searched in the name. Raises `InputError` for a pattern that matches no linear layer.
+    expression after "re:", searched in the name. Raises `InputError` for a pattern that matches no linear layer, with
+    the name of the `option` that it was given to.
     """
     linear = [name for name, module in model.named_modules() if _is_linear(module)]
     named = {*linear, *(layer.name for block in blocks for layer in block.layers)}
     ignored: set[str] = set()
     for pattern in ignore:
-        matched = {name for name in named if _matches(name, pattern)}
+        matched = {name for name in named if _matches(name, pattern, option)}
         if not matched:
             raise InputError(
-                f"the ignore pattern {pattern!r} matches no linear layer; names look like {linear[0]!r} "
+                f"the {option} pattern {pattern!r} matches no linear layer; names look like {linear[0]!r} "
                 f"and {linear[-1]!r}"
             )
         ignored |= matched
@@ -194,14 +197,14 @@ def select_layers(model: PreTrainedModel, blocks: Sequence[Block], ignore: Itera
         replace(block, layers=tuple(layer for layer in block.layers if layer.name not in ignored)) for block in blocks
     ]
     if not any(block.layers for block in chosen):
-        raise InputError("the ignore patterns leave no layer to compress")
+        raise InputError(f"the {option} patterns leave no layer to compress")
     return chosen
 
 
-def _matches(name: str, pattern: str) -> bool:
+def _matches(name: str, pattern: str, option: str) -> bool:
     if pattern.startswith("re:"):
         try:
             return re.search(pattern[3:], name) is not None
         except re.error as error:
-            raise InputError(f"the ignore pattern {pattern!r} is not a regular expression: {error}") from None
+            raise InputError(f"the {option} pattern {pattern!r} is not a regular expression: {error}") from None
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")

@@ -132,7 +132,7 @@ def _check_out(out: Path) -> None:
 
 
 class _Fitted:
-    """Configs made fit for a model: layers whose width an N:M pattern does not divide stay dense.
+    """Configs made fit for a model: layers whose width an N:M pattern does not divide are kept dense.
 
     Raises `InputError` when no config is left.
     """
@@ -159,4 +159,4 @@ class _Fitted:
             self._notes[f"Left out: {config.pattern}, as {m} divides the width of no layer."] = None
             return None
         self._notes[f"{config.pattern}: layers whose width {m} does not divide stay dense: {named}."] = None
-        return config.model_copy(update={"ignore": (*config.ignore, *(layer.name for _, layer in dense))})
+        return config.model_copy(update={"keep_dense": (*config.keep_dense, *(layer.name for _, layer in dense))})

@@ -116,7 +116,7 @@ def _caption(comparison: Comparison) -> list[str]:
 
 def _common(rows: Sequence[Row]) -> list[str]:
     """Settings that are the same in all rows and no column tells."""
-    told = {"selector", "refit", "sparsity", "pattern", "ignore", "held_out"}
+    told = {"selector", "refit", "sparsity", "pattern", "ignore", "keep_dense", "held_out"}
     settings = [row.config.model_dump() for row in rows]
     return [
         f"{name.replace('_', ' ')} {value}"

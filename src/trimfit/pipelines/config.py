@@ -35,7 +35,9 @@ class PruneConfig(BaseModel):
       the error of a refit on held-out windows.
     - `capture`: "group" sees inputs from the already pruned groups of the same block; "block" captures them all
       before the block changes, as the paper does.
-    - `ignore`: layers that stay dense, as globs or "re:" patterns.
+    - `ignore`: layers that are left as they are, as globs or "re:" patterns.
+    - `keep_dense`: layers that lose no weights, in the same form, such as those that an N:M pattern does not divide.
+      With the target "dense" they are refitted like all others, to make up for what was pruned before them.
     - `held_out`: share of the windows on which layer errors are measured and nothing is fitted.
     - `guard`: a layer gets simpler weights than those asked for where these are nearer to the target on the held-out
       windows.
@@ -59,6 +61,7 @@ class PruneConfig(BaseModel):
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = 0.01
     capture: Literal["group", "block"] = "group"
     ignore: tuple[str, ...] = ()
+    keep_dense: tuple[str, ...] = ()
     held_out: float = Field(default=0.125, ge=0, lt=1)
     guard: bool = True
     batch_size: int = Field(default=8, ge=1, le=2**20)

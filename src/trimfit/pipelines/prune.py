@@ -42,6 +42,8 @@ from trimfit.ranks import ALONE, Ranks
 from trimfit.refit import FactoredGram
 from trimfit.timing import Clock, stage
 
+_LOSES_NOTHING = Unstructured(0, "layer")
+
 
 def prune(
     model: PreTrainedModel,
@@ -96,7 +98,7 @@ class PruneRun:
         with clock.running():
             windows = self.ranks.everywhere(self._windows)
             allocation = self._allocation(windows["fit"])
-            records = list(self._records(windows, allocation, start))
+            records = list(self._records(windows, self._patterns(allocation), start))
         return PruneReport(
             config=self.config,
             layers=records,
@@ -113,7 +115,7 @@ class PruneRun:
     def _windows(self) -> dict[str, Tensor]:
         """Windows to fit on and windows held out, when everything is in order."""
         check_tokens(self.model, self.tokens)
-        for layer in (layer for block in self.blocks for layer in block.layers):
+        for layer in (layer for block in self._losing() for layer in block.layers):
             with naming(layer):
                 check_width(self.config.mask_pattern, layer.weight.shape[1])
         with stage("forward"), Chain(self.model, self.blocks, self.placement.loaded).loading():
@@ -126,6 +128,10 @@ class PruneRun:
             )
         return {"fit": fit, "held_out": held_out} if len(held_out) else {"fit": fit}
 
+    def _losing(self) -> list[Block]:
+        """The blocks with those layers alone that lose weights."""
+        return select_layers(self.model, self.blocks, self.config.keep_dense, "keep-dense")
+
     def _allocation(self, windows: Tensor) -> Allocation | None:
         """How the sparsity is split over the layers; None for N:M, which leaves nothing to split."""
         if self.config.sparsity is None:
@@ -134,7 +140,7 @@ class PruneRun:
             return self.ledger.allocation
         allocation = allocate(
             self.model,
-            self.blocks,
+            self._losing(),
             windows,
             method=self.config.split,
             sparsity=self.config.sparsity,
@@ -147,8 +153,17 @@ class PruneRun:
         self.ledger.keep_allocation(allocation)
         return allocation
 
+    def _patterns(self, allocation: Allocation | None) -> dict[str, Pattern]:
+        """What the mask of each layer must follow, by its name."""
+        layers = [layer for block in self.blocks for layer in block.layers]
+        losing = {layer.name for block in self._losing() for layer in block.layers}
+        return {
+            layer.name: _pattern(layer, self.config, allocation) if layer.name in losing else _LOSES_NOTHING
+            for layer in layers
+        }
+
     def _records(
-        self, windows: dict[str, Tensor], allocation: Allocation | None, start: float
+        self, windows: dict[str, Tensor], patterns: Mapping[str, Pattern], start: float
     ) -> Iterator[LayerRecord]:
         total = sum(layer.weight.numel() for block in self.blocks for layer in block.layers)
         done = 0
@@ -158,10 +173,11 @@ class PruneRun:
         for block in walker:
             self.observer.stage(f"block {block.index + 1} of {len(self.blocks)}")
             orders = find_free_orders(self.model, block) if self.config.reorders else {}
+            orders = {name: order for name, order in orders.items() if isinstance(patterns[name], NM)}
             for groups in self._together(walker.groups(block)):
                 layers = [layer for group in groups for layer in group.layers]
                 records = self.ledger.restore(layers, block)
-                finished = iter(records or _prune_groups(walker, block, groups, orders, self.config, allocation))
+                finished = iter(records or _prune_groups(walker, block, groups, orders, self.config, patterns))
                 kept: list[LayerRecord] = []
                 for record in finished:
                     kept.append(record)
@@ -193,7 +209,7 @@ def _prune_groups(
     groups: Sequence[Group],
     orders: Mapping[str, FreeOrder],
     config: PruneConfig,
-    allocation: Allocation | None,
+    patterns: Mapping[str, Pattern],
 ) -> Iterator[LayerRecord]:
     """Prunes groups whose inputs are captured together; their second moments live no longer than this generator."""
     moments = {name: walker.moments(block, groups, name) for name in walker.windows}
@@ -205,12 +221,10 @@ def _prune_groups(
             fit, *rest = _reordered(group, orders, [fit, *rest], config, walker.ranks)
             held_out = rest[0] if rest and rest[0].tokens else None
             row_weights = _row_weights(walker, block, group, fit) if config.weighs_rows else {}
-            patterns = [_pattern(layer, config, allocation) for layer in group.layers]
-            inputs = Inputs(
-                _factorise(group, patterns, fit, held_out, config, walker.ranks), fit, held_out, row_weights, few
-            )
-        for layer, pattern in zip(group.layers, patterns, strict=True):
-            yield prune_layer(layer, block.index, inputs, config, pattern, walker.ranks)
+            factored = _factorise(group, patterns, fit, held_out, config, walker.ranks)
+            inputs = Inputs(factored, fit, held_out, row_weights, few)
+        for layer in group.layers:
+            yield prune_layer(layer, block.index, inputs, config, patterns[layer.name], walker.ranks)
 
 
 def _reordered(
@@ -236,7 +250,7 @@ def _row_weights(walker: Walker, block: Block, group: Group, fit: InputMoments) 
 
 def _factorise(
     group: Group,
-    patterns: Sequence[Pattern],
+    patterns: Mapping[str, Pattern],
     fit: InputMoments,
     held_out: InputMoments | None,
     config: PruneConfig,
@@ -249,6 +263,7 @@ def _factorise(
         if held_out is None:  # a run without any is refused, but an expert may get none of them
             return FactoredGram(fit.gram, DEFAULT_DAMPING)
         weights = [layer.weight.float() for layer in group.layers]
-        chosen = ranks.first_only(lambda: choose_damping(weights, patterns, fit, held_out, config.share))
+        asked = [patterns[layer.name] for layer in group.layers]
+        chosen = ranks.first_only(lambda: choose_damping(weights, asked, fit, held_out, config.share))
         damping = ranks.first(lambda: chosen.damping if chosen else 0.0)
         return chosen or FactoredGram(fit.gram, damping)

@@ -53,7 +53,8 @@ def prune_layer(
         masked = torch.where(selection.mask, dense, 0.0)
         candidates: dict[Accepted, Tensor] = {"none": masked}
         solution: RefitSolution | None = None
-        kind = config.refit if inputs.calibration.tokens else "none"
+        done = config.share == 0 and bool(selection.mask.all())  # the dense weights are the optimum
+        kind = "none" if done or not inputs.calibration.tokens else config.refit
         if kind != "none" and selection.weight is not None:
             candidates = {"own": selection.weight, **candidates}
         if kind == "optimal":

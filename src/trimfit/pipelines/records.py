@@ -94,7 +94,7 @@ class PruneReport(BaseModel):
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros over all weights of the pruned layers."""
+        """Share of zeros over all weights of the layers, those that were to stay dense too."""
         sizes = [record.shape[0] * record.shape[1] for record in self.layers]
         return sum(size * r.sparsity for size, r in zip(sizes, self.layers, strict=True)) / sum(sizes)
 

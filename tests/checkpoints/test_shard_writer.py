@@ -40,6 +40,13 @@ def test_one_file(tmp_path: Path):
         assert file.metadata() == {"format": "pt"}
 
 
+def test_a_single_number_may_come_with_any_stride(tmp_path: Path):
+    """As the zero points of a layer of 16 rows do, packed in 2 bits and transposed."""
+    given = torch.tensor([[5, 6]], dtype=torch.int32)[:, :1].as_strided((1, 1), (2, 2))
+    assert write(tmp_path, {"t": given}, 7) == ["model.safetensors"]
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "model.safetensors")["t"], torch.tensor([[5]]).int())
+
+
 def test_several_files(tmp_path: Path):
     """In the order in which the tensors come; one that is too large has a file of its own."""
     given = tensors(3, 4, 1, 9, 2, 5)

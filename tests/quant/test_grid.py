@@ -134,8 +134,18 @@ def test_the_size_of_weights_does_not_matter(kind: str, factor: float, symmetric
 def test_scales_beyond_the_storage_are_the_nearest_that_it_holds():
     scale = torch.tensor([0.0, 1e-30, 1e-4, 1.0, 1e9])
     half = torch.finfo(torch.float16)
-    expected = torch.tensor([half.tiny, half.tiny, 1e-4, 1.0, half.max], dtype=torch.float16)
+    expected = torch.tensor([2**-24, 2**-24, 1e-4, 1.0, half.max], dtype=torch.float16)
     assert torch.equal(storable_scale(scale, torch.float16), expected)
+
+
+def test_small_weights_lose_nothing_to_scales_in_float16():
+    """Steps of 8 bits are below its normal numbers where weights are below 128 · 2⁻¹⁴."""
+    weight = make_weight("normal").float() * 2**-11
+    half, full = (
+        place_levels(weight, Grid(8, 16), dtype=dtype).nearest(weight) for dtype in (torch.float16, torch.float32)
+    )
+    assert half.scale.max() < torch.finfo(torch.float16).tiny
+    assert squares(exact(half) - weight, None).sum() < 1.1 * squares(exact(full) - weight, None).sum()
 
 
 @given(

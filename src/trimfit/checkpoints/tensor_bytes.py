@@ -9,7 +9,9 @@ from torch import Tensor
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor of any dtype on any device, in the order of its items; not a copy where there are such."""
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    items = tensor.detach().cpu().contiguous()
+    # Not `view(-1)`, which leaves a tensor of one item any stride it came with.
+    return items.as_strided((items.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def tensor_digest(tensor: Tensor) -> bytes:

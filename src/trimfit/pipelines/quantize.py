@@ -54,7 +54,7 @@ def quantize(
     - `tokens`: (N, L) int64 calibration windows, for Gram matrices of data; None uses no data and runs no forward pass.
     - `observer`: told of each finished layer.
     - `sink`: given the name, codes and online transformation of each layer as soon as they are final.
-    - `scale_dtype`: in which scales must be exact, beside the model's own.
+    - `scale_dtype`: in which scales are stored; the model's own where None.
 
     **Returns** a `QuantizeReport`. Raises `InputError` before anything changes when the arguments do not fit together.
     """

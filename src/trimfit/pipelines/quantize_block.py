@@ -51,7 +51,7 @@ class QuantizedLayer(QuantizedWeight):
 class BlockWork:
     """Float32 copies of a block's weights, folded, and the layers quantized so far.
 
-    - `scale_dtype`: in which scales must be exact; the model's where None.
+    - `scale_dtype`: in which scales are stored; the model's where None.
     - `ranks`: the processes that share the block: the first folds and finds transformations, all round rows of layers.
 
     Making one folds transformations into the norms and biases of the model, as far as the config wants them.
@@ -141,7 +141,7 @@ class BlockWork:
 
         with naming(layer):
             quantized = shared_rounding(round_rows, weight, grid, dtype, self.ranks)
-        return replace(quantized, scale=quantized.scale.to(stored))
+        return replace(quantized, scale=quantized.scale.to(torch.promote_types(dtype, stored)))
 
     def round_pairs(self) -> None:
         """Rounds V and O of each pair in turns, against each other; kept where their product gets nearer.
@@ -229,7 +229,8 @@ class BlockWork:
             block=self.block.index,
             shape=(rows, width),
             group_size=grid.group_size,
-            bits_per_weight=_bits(done.quantized) + self._online_bits(done.transform),
+            bits_per_weight=_bits(done.quantized, self.scale_dtype or self._dtypes[name])
+            + self._online_bits(done.transform),
             transform=", ".join(applied),
             zeros=zeros,
             pruned=self._pruned[name],
@@ -288,8 +289,8 @@ def _damped(gram: Tensor | None, weight: Tensor, damping: float) -> Tensor:
     return gram
 
 
-def _bits(quantized: Quantized) -> float:
+def _bits(quantized: Quantized, scale_dtype: torch.dtype) -> float:
     """Bits for each weight with scales and zero points."""
     grid = quantized.grid
-    extra = quantized.scale.element_size() * 8 + (0 if grid.symmetric else grid.bits)
+    extra = scale_dtype.itemsize * 8 + (0 if grid.symmetric else grid.bits)
     return grid.bits + extra * quantized.scale.numel() / quantized.codes.numel()

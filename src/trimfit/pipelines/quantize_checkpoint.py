@@ -103,7 +103,7 @@ def quantize_checkpoint(
             ledger=kept,
             placement=opened.placement(memory_limit, folder if folder.is_dir() else None),
             ranks=ranks,
-            scale_dtype=torch.float16 if format == "gguf" and model.dtype == torch.float32 else None,  # as GGUF has it
+            scale_dtype=torch.float16 if format == "gguf" else None,  # as GGUF has it
             device=opened.device,
         ).run()
 

@@ -150,8 +150,13 @@ def place_levels(
 
 
 def storable_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales as `dtype` holds them, never 0 or infinite: the least normal number stands for all that is smaller."""
-    return scale.clamp(torch.finfo(dtype).tiny, torch.finfo(dtype).max).to(dtype)
+    """Scales as `dtype` holds them, never 0 or infinite: the least number stands for all that is smaller.
+
+    In float16 it is the least of all, as steps of 8 bits are often below the normal ones; elsewhere the least normal.
+    """
+    limits = torch.finfo(dtype)
+    least = limits.tiny * limits.eps if dtype == torch.float16 else limits.tiny
+    return scale.clamp(least, limits.max).to(dtype)
 
 
 def check_weight(weight: Tensor, grid: Grid) -> None:

@@ -1,11 +1,15 @@
 """Mixtures of experts: every expert is quantized, on the tokens routed to it where there are any; routers are not."""
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from families import EXPERT_FAMILIES, EXPERTS, Family, for_each, make_word_tokenizer, plain_expert_inputs, windows
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -127,10 +131,88 @@ def test_plain_transformers_loads_the_dense_format(name: str, tmp_path: Path):
     assert not changed(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto"), expected)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-def test_the_packed_format_is_refused(name: str, tmp_path: Path):
+SYMMETRIC = QuantizeConfig(bits=3, group_size=8, symmetric=True)
+PACKED = ["mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3", "phimoe"]
+
+
+def stored(directory: Path) -> set[str]:
+    """Names of the tensors in the files of a model."""
+    return {name for file in directory.glob("*.safetensors") for name in safe_open(file, framework="pt").keys()}  # noqa: SIM118
+
+
+def assert_loads_as(expected: PreTrainedModel, directory: Path) -> None:
+    """By plain transformers, which must find every weight and know all that it finds."""
+    model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not any(info.values()), info
+    with torch.no_grad():
+        new, old = (m(input_ids=windows(2), use_cache=False).logits for m in (model, expected))
+    assert torch.equal(new, old)
+    assert not changed(model, expected)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_experts_are_what_is_in_memory(name: str, tmp_path: Path):
+    """In files each layer of an expert is one of its own, under the name that it had before, and so is all else."""
     source = saved(tmp_path, EXPERT_FAMILIES[name])
-    message = r"model\.layers\.0\.mlp\.experts\.0\.gate_up_proj is one of several experts .* --format dense holds"
+    report = quantize_checkpoint(source, tmp_path / "out", SYMMETRIC, device=torch.device("cpu"))
+    expected = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    quantize(expected, SYMMETRIC)
+    assert_loads_as(expected, tmp_path / "out")
+    assert any(".experts." in record.name for record in report.layers)
+    names = {re.sub("_(packed|scale|shape)$", "", name) for name in stored(tmp_path / "out")}
+    assert names == stored(tmp_path / "model")
+    quantization = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    router = "model.layers.1.block_sparse_moe.gate" if name == "mixtral" else "model.layers.1.mlp.gate"
+    assert name == "phimoe" or router in quantization["ignore"]
+
+
+@pytest.mark.parametrize("ignored", [("re:experts",), ("re:self_attn",)])
+def test_experts_or_all_others_stay_as_they_are(ignored: tuple[str, ...], tmp_path: Path):
+    config = SYMMETRIC.model_copy(update={"ignore": ignored})
+    source = saved(tmp_path, EXPERT_FAMILIES["mixtral"])
+    quantize_checkpoint(source, tmp_path / "out", config, device=torch.device("cpu"))
+    expected = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    quantize(expected, config)
+    assert_loads_as(expected, tmp_path / "out")
+
+
+def test_experts_have_their_own_grid_among_several(tmp_path: Path):
+    """The first layer is the output projection of attention: 18 inputs, in groups of 9, and experts in those of 8."""
+    family = EXPERT_FAMILIES["qwen3_moe"]
+    model = family.build(num_attention_heads=3, num_key_value_heads=1, head_dim=6).bfloat16()
+    model.save_pretrained(tmp_path / "model")
+    make_word_tokenizer().save_pretrained(tmp_path / "model")
+    config = SYMMETRIC.model_copy(update={"ignore": ("re:[qkv]_proj",)})
+    quantize_checkpoint(str(tmp_path / "model"), tmp_path / "out", config, device=torch.device("cpu"))
+    groups = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert {group["weights"]["group_size"] for group in groups.values()} == {8, 9}
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+    quantize(expected, config)
+    assert_loads_as(expected, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("gpt_oss", {}, r"experts\.0\.gate_up_proj is one of several experts in one tensor, but .* --format dense"),
+        (
+            "mixtral",
+            {"symmetric": False},
+            "packed experts cannot have zero points: give --symmetric",
+        ),
+        ("mixtral", {"transform": "online"}, "packed experts take no online transformations"),
+        ("mixtral", {"ignore": ("re:experts.2",)}, r"experts\.2\.gate_up_proj stays as it is, .* ignore all or none"),
+        (
+            "qwen3_moe",
+            {"group_size": 16},
+            r"one group size, but that of .* is 16 and that of .* the whole row: give a --group-size",
+        ),
+    ],
+)
+def test_experts_that_no_packed_file_can_hold(name: str, changes: dict[str, Any], message: str, tmp_path: Path):
+    config = SYMMETRIC.model_copy(update=changes)
     with pytest.raises(InputError, match=message):
-        quantize_checkpoint(source, tmp_path / "out", PLAIN, device=torch.device("cpu"))
+        quantize_checkpoint(
+            saved(tmp_path, EXPERT_FAMILIES[name]), tmp_path / "out", config, device=torch.device("cpu")
+        )
     assert not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from trimfit.checkpoints.packed_experts import check_experts, expert_parts, split_rows, stored_names
 from trimfit.checkpoints.shard_writer import ShardWriter
 from trimfit.checkpoints.shards import shard_files
 from trimfit.errors import InputError, RunError
@@ -90,10 +91,16 @@ def quantization_config(layers: Mapping[str, Grid], ignore: Sequence[str]) -> di
 
 
 def check_packable(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Raises `InputError` for layers the format cannot hold: not `torch.nn.Linear` itself, or with shared weights."""
+    """Raises `InputError` for layers the format cannot hold.
+
+    It holds each `torch.nn.Linear` itself with weights of its own, and experts that files hold one by one.
+    """
     tied = _tied(model)
     modules: dict[str, nn.Module] = dict(model.named_modules())
+    parts = expert_parts(model)
     for name in names:
+        if name in parts:
+            continue
         if name not in modules:
             raise InputError(
                 f"{name} is one of several experts in one tensor, but the pack-quantized format holds torch.nn.Linear "
@@ -114,10 +121,9 @@ def plain_tensors(model: PreTrainedModel, layers: Collection[str], prefix: str =
 
     Only names that begin with `prefix`, so that blocks can be written one by one. Tensors are the model's own.
     """
-    left_out = {f"{name}.weight" for name in layers} | _tied(model)
-    return {
-        name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefix) and name not in left_out
-    }
+    state = model.state_dict()
+    left_out = {_holder(state, name) for name in layers} | _tied(model)
+    return {name: tensor for name, tensor in state.items() if name.startswith(prefix) and name not in left_out}
 
 
 class PackedWriter:
@@ -133,6 +139,7 @@ class PackedWriter:
     def __init__(self, model: PreTrainedModel, directory: Path) -> None:
         self._model, self._directory = model, directory
         self._writer = ShardWriter(directory)
+        self._parts = expert_parts(model)
         self._grids: dict[str, Grid] = {}
         self._plain: set[str] = set()
         self._transforms: dict[str, str] = {}  # name of the tensor, by the layer's
@@ -140,10 +147,12 @@ class PackedWriter:
 
     def add(self, name: str, quantized: Quantized, inverse: Tensor | None = None) -> None:
         """Takes one layer, with T⁻¹ if it has a transformation. `RunError` if it cannot be unpacked again as it was."""
-        tensors = packed_tensors(name, quantized)
-        _check_packed(name, tensors, quantized)
+        stored = self._parts.get(name, (name,))
+        for part, rows in zip(stored, split_rows(quantized, len(stored)), strict=True):
+            tensors = packed_tensors(part, rows)
+            _check_packed(part, tensors, rows)
+            self._writer.add(tensors)
         self._grids[name] = quantized.grid
-        self._writer.add(tensors)
         if inverse is None:
             return
         stored = self._stored.get(id(inverse))
@@ -156,12 +165,12 @@ class PackedWriter:
     def add_plain(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes tensors of the model that are not packed, where `finish` shall not: it would write the model's own."""
         self._plain |= tensors.keys()
-        self._writer.add(tensors)
+        self._writer.add(stored_names(self._model, self._parts, tensors))
 
     def finish(self) -> None:
         """Writes what is left and the configs, and reads all back; `RunError` if anything is not as it should be."""
         left = plain_tensors(self._model, self._grids)
-        self._writer.add({name: tensor for name, tensor in left.items() if name not in self._plain})
+        self.add_plain({name: tensor for name, tensor in left.items() if name not in self._plain})
         self._writer.finish(ONLINE if self._transforms else "model")
         finish_packed(self._model, self._grids, self._directory, self._transforms)
 
@@ -176,11 +185,20 @@ def finish_packed(
     the dtype of the model, in which they would be loaded.
     """
     check_packable(model, layers)
+    check_experts(model, layers)
     transforms = transforms or {}
-    _check_written(model, layers, transforms, shard_files(directory, ONLINE if transforms else "model"))
+    parts = expert_parts(model)
+    # Experts first: among several grids, transformers takes the first for theirs.
+    ordered = sorted(layers, key=lambda name: name not in parts)
+    stored = {part: layers[name] for name in ordered for part in parts.get(name, (name,))}
+    plain = stored_names(model, parts, plain_tensors(model, layers))
+    _check_written(model, plain, stored, transforms, shard_files(directory, ONLINE if transforms else "model"))
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    left = [name for name in linear if name not in layers]
+    if parts:  # routers are linear layers elsewhere, under the names that they have in files
+        left += [name.removesuffix(".weight") for name, tensor in plain.items() if tensor.dim() == 2]
     config = copy.deepcopy(model.config)
-    packed = quantization_config(layers, [name for name in linear if name not in layers])
+    packed = quantization_config(stored, list(dict.fromkeys(left)))
     config.quantization_config = (
         {"quant_method": ONLINE, "packed": packed, "transforms": dict(transforms)} if transforms else packed
     )
@@ -218,10 +236,21 @@ def _tied(model: PreTrainedModel) -> set[str]:
     return {name for name, source in pairs if model.get_parameter(name) is model.get_parameter(source)}
 
 
+def _holder(state: Mapping[str, Tensor], name: str) -> str:
+    """The name in the state dict of the tensor that holds the weight of a layer, and of an expert those of all."""
+    owner, _, rest = name.rpartition(".")
+    return f"{name}.weight" if f"{name}.weight" in state else f"{owner.rpartition('.')[0]}.{rest}"
+
+
 def _check_written(
-    model: PreTrainedModel, layers: Mapping[str, Grid], transforms: Mapping[str, str], shards: Sequence[Path]
+    model: PreTrainedModel,
+    plain: Mapping[str, Tensor],
+    layers: Mapping[str, Grid],
+    transforms: Mapping[str, str],
+    shards: Sequence[Path],
 ) -> None:
-    expected = set(plain_tensors(model, layers)) | set(transforms.values())
+    """`plain` and `layers` by their names in the files."""
+    expected = set(plain) | set(transforms.values())
     for name, grid in layers.items():
         parts = ("packed", "scale", "shape") if grid.symmetric else ("packed", "scale", "shape", "zero_point")
         expected |= {f"{name}.weight_{part}" for part in parts}

@@ -74,7 +74,7 @@ def quantize_checkpoint(
         def open_model() -> tuple[Result, str]:
             opened = _open(source, device, calibration, format, offload)
             model = opened.checkpoint.model
-            result = Result(opened, select_layers(model, find_blocks(model), config.ignore), format, config.grid)
+            result = Result(opened, select_layers(model, find_blocks(model), config.ignore), format, config)
             result.check()
             return result, result.prepare(data=calibration is not None)
 

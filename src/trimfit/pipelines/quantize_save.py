@@ -11,6 +11,7 @@ from trimfit.calibration import CalibrationConfig
 from trimfit.checkpoints import save_checkpoint, write_sidecar
 from trimfit.checkpoints.gguf import check_gguf, write_gguf
 from trimfit.checkpoints.packed import PackedWriter, check_packable, plain_tensors
+from trimfit.checkpoints.packed_experts import check_experts
 from trimfit.checkpoints.patch import PatchedShards, check_patchable
 from trimfit.errors import InputError
 from trimfit.models import Block
@@ -69,12 +70,13 @@ class Result:
     opened: InMemory | Offloaded
     blocks: Sequence[Block]
     format: Format
-    grid: Grid
+    config: QuantizeConfig
 
     def check(self) -> None:
         """Raises `InputError` for a model that the format cannot hold."""
         if self.format == "packed":
-            check_packable(self._model, [layer.name for block in self.blocks for layer in block.layers])
+            check_packable(self._model, self._grids())
+            check_experts(self._model, self._grids(), online=self.config.transform == "online")
         if self.format == "gguf":
             check_gguf(self._model, self.opened.checkpoint.tokenizer, self._grids())
 
@@ -98,7 +100,7 @@ class Result:
         layers = [layer.weight for block in self.blocks for layer in block.layers]
         codes = sum(weight.numel() for weight in layers)  # a byte each while they wait
         whole = sum(parameter.nbytes for parameter in self._model.parameters())
-        packed = whole - sum(weight.nbytes for weight in layers) + codes * self.grid.bits // 8
+        packed = whole - sum(weight.nbytes for weight in layers) + codes * self.config.bits // 8
         width = 0 if data else self._model.config.get_text_config(decoder=True).hidden_size
         return (whole if self.format == "dense" else packed) + codes + 4 * width**2 * len(self.blocks)
 
@@ -156,7 +158,7 @@ class Result:
 
     def _grids(self) -> dict[str, Grid]:
         layers = [layer for block in self.blocks for layer in block.layers]
-        return {layer.name: self.grid.fitted(layer.weight.shape[1]) for layer in layers}
+        return {layer.name: self.config.grid.fitted(layer.weight.shape[1]) for layer in layers}
 
 
 def _parameters(block: Block) -> dict[str, nn.Parameter]:

@@ -1,6 +1,6 @@
 """What the inputs of each layer look like on average, as the weights alone tell it: Gram matrices without any data.
 
-The hidden states that enter the first block are taken as white noise. From there second moments follow from weights:
+Whoever starts tells the second moment of what enters the first block. From there second moments follow from weights:
 a norm scales them, values and output projection map them, the MLP maps samples of a Gaussian with that moment, and what
 each part writes is added to the residual stream. Nothing is known of the text, but which directions the earlier layers
 write to, and which of them later layers read together, is, and that is much of what a Gram matrix of data holds.

@@ -29,8 +29,10 @@ from transformers import PreTrainedModel
 import trimfit
 from trimfit.calibration import added_tokens, encode_documents, sample_windows
 from trimfit.models import Walker, find_blocks, find_folds
-from trimfit.pipelines.fold_block import balance_hidden, balance_inputs
-from trimfit.quant import Grid, place_levels
+from trimfit.pipelines.fold_block import balance_hidden, balance_inputs, transform_pair
+from trimfit.quant import Grid, Quantized, place_levels
+from trimfit.quant.nearest_plane import nearest_to_pseudo_inverse, with_feedback
+from trimfit.quant.pair_rounding import Pair, Solver, round_pair
 from trimfit.quant.rounding import round_to_gram
 from trimfit.refit import FactoredGram
 
@@ -98,6 +100,31 @@ def balanced(model: PreTrainedModel, grid: Grid, windows: Tensor | None) -> None
             layer.write(nearest(weight, grid.fitted(weight.shape[1]), clip=True))
 
 
+def in_turns(solver: Solver) -> Quantize:
+    """The paper's likely system: pairs by its gradients, V and O rounded in turns, all other layers to nearest."""
+
+    def clipped(weight: Tensor, grid: Grid) -> Quantized:
+        return place_levels(weight, grid.fitted(weight.shape[1])).nearest(weight)
+
+    def quantize(model: PreTrainedModel, grid: Grid, windows: Tensor | None) -> None:
+        asked = {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric, "transform": "paper"}
+        config = trimfit.QuantizeConfig.model_validate(asked)
+        for block in find_blocks(model):
+            folds = find_folds(model, block.name)
+            weights = {layer.name: layer.weight.float().clone() for layer in block.layers}
+            rounded: dict[str, Quantized] = {}
+            for pair in folds.pairs:
+                names = transform_pair(pair, folds, weights, config)
+                value, output = (weights[name] for name in names)
+                given = Pair(value, output, pair.value_rows, pair.output_columns, pair.bias())
+                found = round_pair(given, (clipped(value, grid), clipped(output, grid)), solver=solver)
+                rounded |= dict(zip(names, (found.value, found.output), strict=True))
+            for layer in block.layers:
+                layer.write((rounded.get(layer.name) or clipped(weights[layer.name], grid)).dequantize())
+
+    return quantize
+
+
 def ours(**options: Any) -> Quantize:
     def quantize(model: PreTrainedModel, grid: Grid, windows: Tensor | None) -> None:
         asked = {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric, **options}
@@ -131,6 +158,8 @@ ABLATION: dict[str, tuple[Quantize, str]] = {
     "+ alternating rounding (= free)": (ours(transform="free"), ""),
     "clip search, pairs always": (ours(transform="pairs", rounding="nearest"), ""),
     "clip search, pairs by the paper's gradients": (ours(transform="paper", rounding="nearest"), ""),
+    "and V and O in turns, by pseudo-inverse and nearest": (in_turns(nearest_to_pseudo_inverse), ""),
+    "and V and O in turns, by error feedback": (in_turns(with_feedback), ""),
     "alternating rounding alone": (ours(transform="none"), ""),
     "alternating rounding, pairs": (ours(transform="pairs"), ""),
     "alternating rounding, the paper's pairs": (ours(transform="paper"), ""),

@@ -5,12 +5,10 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from trimfit.masks import NM, SELECTORS, Pattern, Scope, Unstructured, joint, keep_best
-from trimfit.masks.joint import admm, fit, project, select, stages
+from trimfit.masks.joint import admm, fit, select, stages
 from trimfit.refit import Cholesky, refit
 from trimfit.refit.gram import FactoredGram
 
@@ -47,30 +45,6 @@ def damped_error(weight: Tensor, dense: Tensor, gram: FactoredGram) -> float:
 def refitted_error(mask: Tensor, dense: Tensor, gram: FactoredGram) -> float:
     solution = refit(gram, dense.double(), mask, solver=Cholesky(1e-8, torch.float64))
     return damped_error(solution.weight, dense, gram)
-
-
-@given(
-    st.integers(1, 6),
-    st.integers(1, 12),
-    st.integers(0, 99),
-    st.sampled_from(["row", "layer"]),
-    st.sampled_from([2, 5, 1000]),
-)
-def test_project_is_keep_best(rows: int, width: int, percent: int, scope: Scope, levels: int):
-    generator = torch.Generator().manual_seed(percent)
-    scores = torch.randint(levels, (rows, width), generator=generator).float()  # with many ties, or few
-    pattern = Unstructured(percent / 100, scope)
-    assert torch.equal(project(scores, pattern), keep_best(scores, pattern))
-    if width % 3 == 0:
-        assert torch.equal(project(scores, NM(1, 3)), keep_best(scores, NM(1, 3)))
-
-
-@every_pattern
-def test_project_sorts_nothing_where_no_scores_are_tied(pattern: Pattern, monkeypatch: pytest.MonkeyPatch):
-    scores = torch.rand(6, 40, generator=torch.Generator().manual_seed(0))
-    expected = keep_best(scores, pattern)
-    monkeypatch.delattr(joint, "keep_best")
-    assert torch.equal(project(scores, pattern), expected)
 
 
 def textbook_admm(dense: Tensor, matrix: Tensor, pattern: Pattern, rho: float) -> tuple[Tensor, Tensor]:

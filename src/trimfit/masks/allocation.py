@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trimfit.errors import InputError
+from trimfit.masks.borders import sort
 from trimfit.refit.gram import FactoredGram
 
 OUTLIER = 5.0  # M: times the mean score of the block
@@ -43,7 +44,7 @@ def loss_curve(weight: Tensor, gram: FactoredGram) -> Tensor:
     """
     weight = torch.where(gram.dead, 0, weight.float())
     spread = gram.inverse.diagonal() * gram.scale.square()  # [H⁻¹]_jj of the damped H, in its own units
-    losses = (weight.square() / spread.to(weight.dtype)).flatten().sort().values
+    losses = sort((weight.square() / spread.to(weight.dtype)).flatten())
     sums = torch.cat((losses.new_zeros(1, dtype=torch.float64), losses.cumsum(0, dtype=torch.float64))).cpu()
     energy = gram.energy(weight).item()
     points = (torch.linspace(0, 1, STEPS + 1, dtype=torch.float64) * len(losses)).round().long()

@@ -6,11 +6,11 @@ Everything happens in the coordinates v = w / scale, where the damped Gram matri
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from trimfit.masks.patterns import NM, Pattern, Scope, keep_best, prune_counts
+from trimfit.masks.borders import prune_lowest_unsorted
+from trimfit.masks.patterns import Pattern, Scope, run_counts
 from trimfit.masks.selection import Selection, usable_weight
 from trimfit.masks.swaps import row_errors, swap
 from trimfit.refit.conjugate_gradients import ConjugateGradients
@@ -30,7 +30,6 @@ _SWAPS_UP_TO = 256  # inputs: there they are cheap, and gain 1 % whatever the ma
 SWAP_WORK = 60.0  # flops that swaps may take, in units of m·n²: half of what ADMM takes, as a rule
 _TOLERANCE = 1e-3  # of the fit: how far above its optimum the error of a row may be, as a share of that of ADMM's D
 _CHUNK_ELEMENTS = 2**25  # of the rows fitted together, to bound memory
-_FEW = 16  # entries in a run, up to which passes over all runs at once are faster than a selection in each
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ def select(weight: Tensor, gram: FactoredGram, pattern: Pattern) -> Selection:
     Raises `InputError` for shapes that do not fit and for NaN or infinite weights.
     """
     given = torch.where(gram.dead, 0, usable_weight(weight, gram, pattern))
-    mask = keep_best(torch.zeros_like(given), pattern)
-    if mask.all():
+    mask = torch.ones_like(given, dtype=torch.bool)
+    if not run_counts(pattern, (len(given), gram.size)).any():
         return Selection(mask, given)
     scale = gram.certifiable.scale
     dense = given.to(scale.device).to(scale.dtype)
@@ -99,8 +98,8 @@ def admm(
 
     `dense` Ŵ is (m, n) and `matrix` H (n, n) with a unit diagonal, both of one dtype.
     """
-    goal = dense @ matrix
-    split, mask = dense, project(dense.abs(), pattern)  # the first step, from D = Ŵ and V = 0
+    goal, counts = dense @ matrix, run_counts(pattern, (len(dense), len(matrix)))
+    split, mask = dense, prune_lowest_unsorted(dense.abs(), counts)  # the first step, from D = Ŵ and V = 0
     rho = dual_rho = first_rho
     inverse = _shifted_inverse(matrix, rho)
     size, before = max(1, int(mask.sum())), mask
@@ -108,7 +107,7 @@ def admm(
         kept = split * mask  # D; products, since a choice for each entry takes ten times as long
         dual = (split - kept).mul_(dual_rho / rho)  # V / ρ
         split = torch.addmm(dual, torch.add(goal, kept - dual, alpha=rho), inverse)
-        mask = project(split.abs(), pattern)
+        mask = prune_lowest_unsorted(split.abs(), counts)
         dual_rho = rho
         if step % _STEPS_PER_RHO == 0:
             if int((mask & ~before).sum()) <= _SETTLED * size:
@@ -117,49 +116,6 @@ def admm(
             rho *= _RHO_GROWTH
             inverse = _shifted_inverse(matrix, rho)
     return mask, split * mask
-
-
-def project(scores: Tensor, pattern: Pattern) -> Tensor:
-    """`keep_best` without a sort where no scores are tied at the border. `scores` are (m, n), not negative."""
-    if isinstance(pattern, NM):
-        counts = torch.tensor([pattern.m - pattern.n])
-        runs = scores.reshape(-1, pattern.m)
-    else:
-        counts = prune_counts(pattern, (scores.shape[0], scores.shape[1]))
-        runs = scores.reshape(len(counts), -1)
-    lowest, highest = int(counts.min()), int(counts.max())  # they differ by one at most
-    if lowest == 0:
-        return keep_best(scores, pattern)
-    counts = counts.to(scores.device)
-    border = _kth_lowest(runs, lowest)
-    if highest > lowest:
-        border = torch.where(counts == highest, _kth_lowest(runs, highest), border)
-    mask = runs > border[:, None]
-    if ((~mask).sum(1) == counts).all():
-        return mask.view(scores.shape)
-    return keep_best(scores, pattern)
-
-
-def _kth_lowest(runs: Tensor, k: int) -> Tensor:
-    """The k-th lowest value of each row of (m, n), k from 1."""
-    if runs.shape[1] <= _FEW:
-        return _kth_lowest_of_few(runs, k)
-    if runs.device.type == "cpu":  # kthvalue takes ten times as long
-        return torch.from_numpy(np.partition(runs.numpy(), k - 1, axis=1)[:, k - 1].copy())
-    return runs.sort(dim=1).values[:, k - 1]  # there kthvalue goes through each row, here a layer, with one block
-
-
-def _kth_lowest_of_few(runs: Tensor, k: int) -> Tensor:
-    """Takes the lowest entry of every run out, k times."""
-    columns = list(runs.T.contiguous())
-    lowest = columns[0]
-    for _ in range(k):
-        lowest, *others = columns
-        columns: list[Tensor] = []
-        for other in others:
-            columns.append(torch.maximum(lowest, other))
-            lowest = torch.minimum(lowest, other)
-    return lowest
 
 
 def fit(dense: Tensor, start: Tensor, mask: Tensor, gram: FactoredGram) -> Tensor:

@@ -101,11 +101,14 @@ def keep_best(scores: Tensor, pattern: Pattern) -> Tensor:
         raise InputError(f"scores must have shape (out, in), but their shape is {tuple(scores.shape)}")
     rows, width = scores.shape
     check_width(pattern, width)
+    return prune_lowest(scores, run_counts(pattern, (rows, width)))
+
+
+def run_counts(pattern: Pattern, shape: tuple[int, int]) -> Tensor:
+    """int64, how many weights to prune in each run of a layer (out, in): in it all, in each row, or in each group."""
     if isinstance(pattern, NM):
-        counts = torch.full((rows * width // pattern.m,), pattern.m - pattern.n)
-    else:
-        counts = prune_counts(pattern, (rows, width))
-    return prune_lowest(scores, counts)
+        return torch.full((shape[0] * shape[1] // pattern.m,), pattern.m - pattern.n)
+    return prune_counts(pattern, shape)
 
 
 def prune_lowest(scores: Tensor, counts: Tensor) -> Tensor:
@@ -114,11 +117,16 @@ def prune_lowest(scores: Tensor, counts: Tensor) -> Tensor:
     So (1,) counts let the whole layer compete, (out,) counts each row, and (out·in/m,) counts each group of m.
     Returns a bool mask of the shape and on the device of `scores`, True = kept. Ties and errors as in `keep_best`.
     """
-    if torch.isnan(scores).any():
-        raise InputError("the scores of the weights have NaN entries: the model or the calibration data is damaged")
+    check_numbers(scores)
     runs = scores.reshape(len(counts), -1)
     kept = runs.shape[1] - counts.to(scores.device)
     # A stable sort is what makes ties deterministic; its descending order puts the lower index first.
     order = runs.sort(dim=1, descending=True, stable=True).indices
     is_kept = torch.arange(runs.shape[1], device=scores.device) < kept[:, None]
     return torch.empty_like(runs, dtype=torch.bool).scatter_(1, order, is_kept).view(scores.shape)
+
+
+def check_numbers(scores: Tensor) -> None:
+    """Raises `InputError` for scores that are NaN."""
+    if torch.isnan(scores).any():
+        raise InputError("the scores of the weights have NaN entries: the model or the calibration data is damaged")

@@ -8,11 +8,13 @@ start that deals the inputs out by what they matter, two groups exchange an inpu
 import torch
 from torch import Tensor
 
+from trimfit.masks.borders import kth_lowest
 from trimfit.masks.patterns import NM, check_width
 from trimfit.refit.gram import FactoredGram
 
 _ROWS = 1024  # that have a say: with more of them the order becomes little better, and takes longer
 _CHUNK_ELEMENTS = 2**22  # of the gains of a chunk of rows
+_CHUNK_ELEMENTS_CPU = 2**18  # about what its caches hold
 _SMALLEST_GAIN = 1e-5  # of all that is kept: below it the exchanges have come to an end
 
 
@@ -66,9 +68,10 @@ def _exchange(scores: Tensor, order: Tensor, position: Tensor, n: int) -> Tensor
     others = order[order != inputs[:, None]].view(len(order), -1)
     offered = scores[:, inputs]
     # An input adds to its group what it is above the n-th best of the others there.
-    threshold = scores[:, others].topk(n, dim=2).values[:, :, -1]
+    threshold = kth_lowest(scores[:, others].flatten(0, 1), others.shape[1] - n + 1).view(len(scores), -1)
     added = scores.new_zeros(len(order), len(order))
-    for part in torch.arange(len(scores), device=scores.device).split(max(1, _CHUNK_ELEMENTS // len(order) ** 2)):
+    elements = _CHUNK_ELEMENTS_CPU if scores.device.type == "cpu" else _CHUNK_ELEMENTS
+    for part in torch.arange(len(scores), device=scores.device).split(max(1, elements // len(order) ** 2)):
         added += (offered[part, None, :] - threshold[part, :, None]).clamp_(min=0).sum(0)
     now = added.diagonal()
     gain = added + added.T - now[:, None] - now

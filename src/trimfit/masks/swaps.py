@@ -234,5 +234,13 @@ def _promising(
         best = groups.topk(min(max(1, count // m), width // m), largest=False).indices
         return (best[:, :, None] * m + torch.arange(m, device=best.device)).flatten(1)
     # A rank among the kept or among the pruned; the first of both lists are taken until there are enough.
-    ranks = torch.where(mask, cost.argsort(1).argsort(1), gain.argsort(1, descending=True).argsort(1))
-    return ranks.topk(min(count, width), largest=False, sorted=False).indices
+    count = min(count, width)
+    ranks = torch.where(mask, _ranks(cost, count), _ranks(-gain, count))
+    return ranks.topk(count, largest=False, sorted=False).indices
+
+
+def _ranks(values: Tensor, count: int) -> Tensor:
+    """(m, n) the place of each value in the rising order of its row: 0, 1, …; `count` for all behind the first ones."""
+    first = values.topk(count, largest=False).indices
+    places = torch.arange(count, device=values.device).expand_as(first)
+    return torch.full_like(values, count, dtype=torch.int64).scatter_(1, first, places)

@@ -8,6 +8,7 @@ from families import ALL_FAMILIES, EVERYTHING, FAMILIES, Family, for_each, plain
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trimfit.calibration import InputMoments
 from trimfit.models import Block, Walker, find_blocks
 
 WINDOWS = {"fit": windows(5), "held_out": windows(3, seed=2)}
@@ -72,7 +73,7 @@ def damage(block: Block) -> None:
 
 @torch.no_grad()
 def residual(model: PreTrainedModel, block: str, name: str, kind: str, tokens: Tensor) -> Tensor:
-    """The stream to which a layer adds, (tokens, d) float64: from the block's own input and output."""
+    """The stream once a layer has added to it, (tokens, d) float64: from the block's own input and output."""
     caught: dict[str, Tensor] = {}
 
     def first(value: Any) -> Tensor:
@@ -91,7 +92,7 @@ def residual(model: PreTrainedModel, block: str, name: str, kind: str, tokens: T
     model(input_ids=tokens, use_cache=False)
     for handle in handles:
         handle.remove()
-    states = caught["input"] if kind == "input" else caught["output"] - caught["own"].view_as(caught["output"])
+    states = caught["input"] + caught["own"].view_as(caught["input"]) if kind == "input" else caught["output"]
     return states.flatten(0, 1).double()
 
 
@@ -109,15 +110,24 @@ def test_drift_is_that_between_the_model_and_the_dense_model(family: Family):
             for layer, group, found in zip(layers, groups, moments, strict=True):
                 x, count = inputs[layer], len(inputs[layer])
                 assert found.drift is not None
-                close(found.drift.inputs, (x - dense_inputs[layer]).T @ x / count)
-                assert (found.drift.residual is None) == (group.adds_to is None)
-                if found.drift.residual is not None and group.adds_to is not None:
+                assert (found.drift.inputs is None) == (found.drift.stream is not None) == (group.adds_to is not None)
+                if found.drift.inputs is not None:
+                    close(found.drift.inputs, (x - dense_inputs[layer]).T @ x / count)
+                if found.drift.stream is not None and group.adds_to is not None:
                     short = layer.removeprefix(f"{block.name}.")
                     here, there = (residual(m, block.name, short, group.adds_to, tokens) for m in (model, dense))
-                    close(found.drift.residual, (here - there).T @ x / count)
+                    close(found.drift.stream, (here - there).T @ x / count)
         if block.index == 0:
-            assert all(m.drift is not None and not m.drift.inputs.any() for m in moments)
+            assert not any(drift(m).any() for m in moments)
             damage(block)
+
+
+def drift(moments: InputMoments) -> Tensor:
+    """Whichever of the two is there."""
+    assert moments.drift is not None
+    found = moments.drift.inputs if moments.drift.stream is None else moments.drift.stream
+    assert found is not None
+    return found
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -134,8 +144,15 @@ def test_the_dense_stream_sees_no_change_in_a_block():
             (moments,) = walker.moments(block, [group], "fit")
             name = group.layers[0].name
             x, y = (plain_inputs(m, WINDOWS["fit"], [name])[name] for m in (model, dense))
-            assert moments.drift is not None
-            close(moments.drift.inputs, (x - y).T @ x / len(x))
+            if group.adds_to is None:
+                close(drift(moments), (x - y).T @ x / len(x))
+            else:
+                short = name.removeprefix(f"{block.name}.")
+                here, there = (residual(m, block.name, short, group.adds_to, WINDOWS["fit"]) for m in (model, dense))
+                close(drift(moments), (here - there).T @ x / len(x))
+        with pytest.raises(ValueError, match="has gone through"):
+            walker.moments(block, walker.groups(block)[:1], "fit")
+        walker.moments(block, walker.groups(block), "held_out")  # a set of its own
 
 
 def test_no_drift_without_a_dense_stream():

@@ -29,9 +29,12 @@ def data(seed: int = 0) -> dict[str, Tensor]:
 
 
 def moments(d: dict[str, Tensor], *, residual: bool = True) -> InputMoments:
-    x = d["x"]
-    shift = (d["residual"] - d["dense_residual"]).T @ x / TOKENS if residual else None
-    return InputMoments(x.T @ x / TOKENS, Drift((x - d["dense_x"]).T @ x / TOKENS, shift), TOKENS)
+    x, dense_x = d["x"], d["dense_x"]
+    drift = Drift((x - dense_x).T @ x / TOKENS, None)
+    if residual:
+        here, dense = d["residual"] + x @ d["weight"].T, d["dense_residual"] + dense_x @ d["weight"].T
+        drift = Drift(None, (here - dense).T @ x / TOKENS)
+    return InputMoments(x.T @ x / TOKENS, drift, TOKENS)
 
 
 def goal_outputs(d: dict[str, Tensor], share: float, *, residual: bool = True) -> Tensor:

@@ -44,8 +44,15 @@ class _Watcher:
         self.bytes.append(live_bytes())
 
 
-@pytest.mark.parametrize("capture", ["group", "block"])
-@pytest.mark.parametrize(("target", "streams"), [("layer", {1}), ("dense", {1, 2})])  # in the first block they are one
+@pytest.mark.parametrize(
+    ("capture", "target", "streams"),
+    [
+        ("group", "layer", {1}),
+        ("block", "layer", {1}),
+        ("group", "dense", {1, 2}),  # they are one until the dense stream has gone through the first block
+        ("block", "dense", {2}),
+    ],
+)
 def test_more_windows_hold_more_hidden_states_and_nothing_else(capture: str, target: str, streams: set[int]):
     options = {"selector": "wanda", "capture": capture, "target": target, "batch_size": 2, "held_out": 0.25}
     config = PruneConfig.model_validate(options)

@@ -1,7 +1,7 @@
 """From text or token ids to calibration windows."""
 
 from trimfit.calibration.config import CalibrationConfig
-from trimfit.calibration.gram import Drift, Drifted, InputMoments, MomentSum
+from trimfit.calibration.gram import Drift, InputMoments, MomentSum
 from trimfit.calibration.self_sampling import SelfSample, sample_from_model
 from trimfit.calibration.sources import read_documents, read_token_ids
 from trimfit.calibration.windows import (
@@ -21,7 +21,6 @@ __all__ = [
     "AddedTokens",
     "CalibrationConfig",
     "Drift",
-    "Drifted",
     "InputMoments",
     "MomentSum",
     "SelfSample",

@@ -13,18 +13,20 @@ from trimfit.ranks import ALONE, Ranks
 class Drift:
     """How far the model in work has drifted from the dense model, as far as a layer's inputs X can tell.
 
-    - `inputs`: (n, n) float32 ΔᵀX / T with Δ = X − X̃ and X̃ the inputs of the same layer in the dense model.
-    - `residual`: (d, n) float32 (R − R̃)ᵀX / T with R the residual stream to which the layer adds its output, R̃ that of
-      the dense model; None for a layer that adds to none.
+    One of the two, as what comes of a layer is either handed on or added to the residual stream:
+
+    - `inputs`: (n, n) float32 (X − X̃)ᵀX / T with X̃ the inputs of the same layer in the dense model.
+    - `stream`: (d, n) float32 (S − S̃)ᵀX / T with S the residual stream once the layer, not pruned yet, has added to it,
+      and S̃ that of the dense model.
     """
 
-    inputs: Tensor
-    residual: Tensor | None
+    inputs: Tensor | None
+    stream: Tensor | None
 
     def reordered(self, permutation: Tensor) -> "Drift":
         """The drift as it would be with input `permutation[i]` in place i, for a permutation (n,)."""
-        residual = None if self.residual is None else self.residual[:, permutation]
-        return Drift(self.inputs[permutation][:, permutation], residual)
+        inputs = None if self.inputs is None else self.inputs[permutation][:, permutation]
+        return Drift(inputs, None if self.stream is None else self.stream[:, permutation])
 
 
 @dataclass(frozen=True)
@@ -46,49 +48,34 @@ class InputMoments:
         return replace(self, gram=self.gram[permutation][:, permutation], drift=drift)
 
 
-@dataclass(frozen=True)
-class Drifted:
-    """What came of the same tokens in the dense model, with the shapes of what came of them in the model in work.
-
-    - `inputs`: of the layer.
-    - `residual`, `dense_residual`: (..., d) the residual stream in the model in work and in the dense model, or None.
-    """
-
-    inputs: Tensor
-    residual: Tensor | None
-    dense_residual: Tensor | None
-
-
 class MomentSum:
     """Sums second moments over batches of tokens: products of upcast inputs in float32, their sum in float64.
 
     So the sum hardly depends on the order of the batches. On a device without float64 it is float32.
 
-    - `outputs`: (d) the width of the residual stream, where one is to be looked at.
+    - `drift`: also those with what has drifted from the dense model: the inputs, or the residual stream.
+    - `outputs`: (d) the width of the residual stream where it is that.
     """
 
     def __init__(self, inputs: int, *, drift: bool = False, outputs: int | None = None):
         self.tokens = self._calls = 0
-        self._inputs, self._shapes = inputs, {"gram": inputs}
-        if drift:
-            self._shapes["inputs"] = inputs
-            if outputs is not None:
-                self._shapes["residual"] = outputs
+        self._inputs, self._outputs = inputs, outputs
+        self._shapes = {"gram": inputs, "drift": outputs or inputs} if drift else {"gram": inputs}
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, inputs: Tensor, drifted: Drifted | None = None) -> None:
-        """Adds the tokens of `inputs`, of any leading shape (..., n) and floating dtype."""
+    def add(self, inputs: Tensor, here: Tensor | None = None, dense: Tensor | None = None) -> None:
+        """Adds the tokens of `inputs`, of any leading shape (..., n) and floating dtype.
+
+        `here` and `dense` (..., n), or (..., d), are what has drifted apart, in the model in work and in the dense one.
+        """
         x = _rows(inputs)
         self.tokens += len(x)
         self._calls += 1
         with tensor_float32(x.device, allowed=inputs.dtype in (torch.bfloat16, torch.float16)):  # exact for these
             self._add("gram", x, x)
-        if drifted is None:
-            return
-        with tensor_float32(x.device, allowed=False):
-            self._add("inputs", x - _rows(drifted.inputs), x)
-            if drifted.residual is not None and drifted.dense_residual is not None:
-                self._add("residual", _rows(drifted.residual) - _rows(drifted.dense_residual), x)
+        if here is not None and dense is not None:
+            with tensor_float32(x.device, allowed=False):
+                self._add("drift", _rows(here) - _rows(dense), x)
 
     def _add(self, name: str, a: Tensor, b: Tensor) -> None:
         if name not in self._sums:
@@ -108,8 +95,10 @@ class MomentSum:
             total = self._zeros(name, device) if total is None else total
             ranks.sum(total)
             mean[name] = (total / max(1, tokens)).float()
-        drift = Drift(mean["inputs"], mean.get("residual")) if "inputs" in mean else None
-        return InputMoments(mean["gram"], drift, tokens)
+        drift = mean.get("drift")
+        if drift is None:
+            return InputMoments(mean["gram"], None, tokens)
+        return InputMoments(mean["gram"], Drift(None, drift) if self._outputs else Drift(drift, None), tokens)
 
     def _zeros(self, name: str, device: torch.device) -> Tensor:
         wide = torch.float32 if device.type == "mps" else torch.float64

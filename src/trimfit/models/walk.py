@@ -1,42 +1,28 @@
 """Walks a model block by block over calibration windows, holding one block's hidden states and nothing more."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimfit.calibration import Drifted, InputMoments, MomentSum
+from trimfit.calibration import InputMoments, MomentSum
 from trimfit.errors import InputError
 from trimfit.models.calls import Call, Chain
-from trimfit.models.experts import ExpertLinear, each_called, matched
+from trimfit.models.experts import ExpertLinear, each_called
 from trimfit.models.groups import Group, find_groups
-from trimfit.models.hooks import Stop, after, before
 from trimfit.models.mode import evaluation_mode
 from trimfit.models.placement import IN_MEMORY, Placement
+from trimfit.models.seen import add, add_drifted, see
 from trimfit.models.states import Kept, StateStore
 from trimfit.models.structure import Block
 from trimfit.ranks import ALONE, Ranks
 from trimfit.timing import stage
 
 _Streams = dict[str, list[Kept]]
-
-
-@dataclass
-class _Seen:
-    """What a group sees in one forward pass: its inputs, call by call, and the residual stream it adds to.
-
-    Of an expert also the numbers of the tokens that it was given.
-    """
-
-    inputs: list[Tensor] = field(default_factory=list[Tensor])
-    tokens: list[Tensor] = field(default_factory=list[Tensor])
-    output: Tensor | None = None
-    residual: Tensor | None = None
 
 
 _LOGITS = 2**24  # numbers that are looked at together
@@ -78,6 +64,7 @@ class Walker:
     _dense_hidden: _Streams = field(init=False, default_factory=_Streams)
     _given: dict[tuple[str, int], Kept] = field(init=False, default_factory=dict[tuple[str, int], Kept])
     _branched: _Streams = field(init=False, default_factory=_Streams)
+    _ahead: set[str] = field(init=False, default_factory=set[str])
     _dense_block: Block | None = field(init=False, default=None)
     _calls: dict[int, list[Call]] = field(init=False, default_factory=dict[int, list[Call]])
     _groups: dict[int, list[Group]] = field(init=False, default_factory=dict[int, list[Group]])
@@ -94,7 +81,11 @@ class Walker:
                         return
                     self._advance(block, self._hidden)
                     if self._dense_block is not None:
-                        self._advance(self._dense_block, self._dense_hidden)
+                        behind = {
+                            name: hidden for name, hidden in self._dense_hidden.items() if name not in self._ahead
+                        }
+                        self._advance(self._dense_block, behind)
+                        self._ahead.clear()
                 self._hidden |= self._branched
                 self._branched = {}
 
@@ -135,71 +126,37 @@ class Walker:
         return [moments.gram for moments in self._moments(block, groups, windows, None)]
 
     def moments(self, block: Block, groups: Sequence[Group], windows: str) -> list[InputMoments]:
-        """The Gram matrices as `grams` gives them; with `dense` also the drift of the inputs from the dense model's."""
+        """The Gram matrices as `grams` gives them; with `dense` also the drift from the dense model.
+
+        With `dense`, those of the group that adds to what the block gives can be had once and as the last of a block:
+        the dense stream has then gone through it.
+        """
         return self._moments(block, groups, windows, self._dense_block)
 
     def _moments(
         self, block: Block, groups: Sequence[Group], windows: str, dense_block: Block | None
     ) -> list[InputMoments]:
-        sums = [_sum(group, drift=dense_block is not None) for group in groups]
+        dense, last = dense_block is not None, any(group.adds_to == "output" for group in groups)
+        if dense and windows in self._ahead:
+            raise ValueError(f"the dense stream of {windows!r} has gone through {block.name}")
+        sums = [_sum(group, drift=dense) for group in groups]
         for index, kept in enumerate(self._hidden[windows]):
             batch = self._on_device(kept.get())
-            seen, states = self._see(block, groups, batch, residual=dense_block is not None)
+            seen, states = see(block, groups, self._run, batch, stream=dense, whole=self.frozen or (dense and last))
             if self.frozen and states is not None:
                 self._given[windows, index] = self._store.keep(states)
             if dense_block is None:
-                _add(sums, seen)
+                add(sums, seen)
                 continue
             dense_batch = self._on_device(self._dense_hidden[windows][index].get())
-            _add_drifted(sums, seen, self._see(dense_block, groups, dense_batch, residual=True)[0])
+            dense_seen, states = see(dense_block, groups, self._run, dense_batch, stream=True, whole=last)
+            if states is not None:
+                self._dense_hidden[windows][index] = self._store.keep(states)
+            add_drifted(sums, seen, dense_seen)
+        if dense and last:
+            self._ahead.add(windows)
         with stage("gram"):
             return [total.value(self.model.device, self.ranks) for total in sums]
-
-    def _see(
-        self, block: Block, groups: Sequence[Group], batch: Tensor, *, residual: bool
-    ) -> tuple[list[_Seen], Tensor | None]:
-        """What groups see in a forward pass; what the block gives, unless the pass ended with the last of them.
-
-        `block` is that of the groups, or its copy.
-        """
-        seen = [_Seen() for _ in groups]
-        states: Tensor | None = None
-        remaining = sum(group.calls for group in groups)
-        to_the_end = self.frozen or (residual and any(group.adds_to == "output" for group in groups))
-
-        def receive(one: _Seen) -> Callable[..., None]:
-            def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-                nonlocal remaining
-                one.inputs.append(arguments[0].clone())  # some models go on in place
-                if isinstance(module, ExpertLinear):
-                    one.tokens.append(arguments[1])
-                remaining -= 1
-                if remaining == 0 and not to_the_end:
-                    raise Stop
-
-            return hook
-
-        def give(one: _Seen) -> Callable[..., None]:
-            def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
-                one.output = output.clone()
-
-            return hook
-
-        modules = {layer.name: layer.module for layer in block.layers}
-        firsts = [modules[group.layers[0].name] for group in groups]
-        with (
-            before([(module, receive(one)) for module, one in zip(firsts, seen, strict=True)]),
-            after([(module, give(one)) for module, one in zip(firsts, seen, strict=True)] if to_the_end else []),
-            suppress(Stop),
-        ):
-            states = self._run(block, batch)
-            for group, one in zip(groups, seen, strict=True):
-                if group.adds_to == "output" and one.output is not None:
-                    one.residual = states.float() - one.output.view_as(states).float()
-        for group, one in zip(groups, seen, strict=True):
-            if residual and group.adds_to == "input":
-                one.residual = batch
-        return seen, states
 
     def _run(self, block: Block, hidden: Tensor) -> Tensor:
         with stage("forward"), _experts_called([block]):
@@ -271,25 +228,3 @@ def _experts_called(blocks: Sequence[Block]) -> AbstractContextManager[None]:
 def _sum(group: Group, *, drift: bool) -> MomentSum:
     outputs, inputs = group.layers[0].weight.shape
     return MomentSum(inputs, drift=drift, outputs=outputs if group.adds_to else None)
-
-
-def _add(sums: Sequence[MomentSum], seen: Sequence[_Seen]) -> None:
-    with stage("gram"):
-        for total, one in zip(sums, seen, strict=True):
-            for inputs in one.inputs:
-                total.add(inputs)
-
-
-def _add_drifted(sums: Sequence[MomentSum], seen: Sequence[_Seen], dense: Sequence[_Seen]) -> None:
-    with stage("gram"):
-        for total, one, other in zip(sums, seen, dense, strict=True):
-            for inputs, dense_inputs in zip(one.inputs, _beside(one, other), strict=True):
-                total.add(inputs, Drifted(dense_inputs, one.residual, other.residual))
-
-
-def _beside(one: _Seen, dense: _Seen) -> list[Tensor]:
-    """The inputs in the dense model, of the same tokens: where it routes one elsewhere, it counts as not drifted."""
-    if not one.tokens:
-        return dense.inputs
-    calls = zip(one.inputs, one.tokens, dense.inputs, dense.tokens, strict=True)
-    return [matched(*call) for call in calls]

@@ -69,8 +69,9 @@ def costs(model: Outline, job: Job) -> Costs:
     total |= {"errors": Counter(), "files": Counter(disk=_file_bytes(model, job))}
     for number, block in enumerate(model.blocks):
         total["forward"]["model"] += job.windows * job.streams * _passes(block, job.config)
-        if number == len(model.blocks) - 1:
-            total["forward"]["model"] -= job.windows * job.streams * block.flops  # nothing comes behind it
+        # Nothing comes behind the last block; and the dense model was seen to the end of others already.
+        idle = job.streams if number == len(model.blocks) - 1 else job.streams - 1 if _adds(block) else 0
+        total["forward"]["model"] -= job.windows * idle * block.flops
         for group in block.groups:
             for stage, cost in _group(group, model, job).items():
                 total[stage].update(cost)
@@ -82,16 +83,21 @@ def costs(model: Outline, job: Job) -> Costs:
 def _passes(block: BlockOutline, config: PruneConfig) -> int:
     """Flops over one window: until each group's input is there, and through the whole block."""
     ends = [group.flops_before for group in block.groups]
-    if config.target == "dense" and block.groups and block.groups[-1].adds:
+    if config.target == "dense" and _adds(block):
         ends[-1] = block.flops  # what is added to the residual stream last is seen at the end only
     return block.flops + (max(ends, default=0) if config.capture == "block" else sum(ends))
+
+
+def _adds(block: BlockOutline) -> bool:
+    """Whether the last layer adds to what the block gives."""
+    return bool(block.groups) and block.groups[-1].adds
 
 
 def _group(group: GroupOutline, model: Outline, job: Job) -> dict[str, dict[str, int]]:
     n, weights = group.inputs, sum(group.rows) * group.inputs
     product = 2 * weights * n  # of the layers with an n × n matrix
     dense = job.config.target == "dense"
-    beside = (n + (model.hidden if group.adds else 0)) if dense else 0  # columns that drift
+    beside = (model.hidden if group.adds else n) if dense else 0  # columns that drift
     tokens = job.windows * model.length
     refitted = job.config.refit == "optimal"
     return {
@@ -230,7 +236,7 @@ def _groups(model: Outline) -> list[tuple[BlockOutline, GroupOutline]]:
 
 def _moments(group: GroupOutline, model: Outline, job: Job) -> float:
     """Gram matrices of both sets of windows, and the drift, of all groups that are seen in one pass."""
-    beside = group.inputs + (model.hidden if group.adds else 0) if job.config.target == "dense" else 0
+    beside = (model.hidden if group.adds else group.inputs) if job.config.target == "dense" else 0
     return (2 if job.held_out else 1) * 4 * group.inputs * (group.inputs + beside) * group.together
 
 

@@ -6,7 +6,8 @@ X̃ and R̃ the same in the dense model, the goal is
     Y = X Wᵀ − s·[(X − X̃) Wᵀ + (R − R̃)],
 
 what the dense layer gives on the same inputs for s = 0 (arXiv 2512.13886), and for s = 1 what makes the residual stream
-the dense model's again. The bracket for R is empty for layers that add to no residual stream.
+the dense model's again. The bracket for R is empty for layers that add to no residual stream; for those that do, the
+two are S − S̃ with S = R + X Wᵀ, and known together.
 """
 
 import torch
@@ -31,10 +32,10 @@ class Goal:
         if moments.drift is None or share == 0:
             return
         wide = torch.float32 if weight.device.type == "mps" else torch.float64
-        shift = weight.to(wide) @ moments.drift.inputs.to(wide)
-        if moments.drift.residual is not None:
-            shift += moments.drift.residual.to(wide)
-        self.shift = share * shift
+        inputs, stream = moments.drift.inputs, moments.drift.stream
+        self.shift = torch.zeros_like(weight, dtype=wide) if stream is None else share * stream.to(wide)
+        if inputs is not None:
+            self.shift += share * weight.to(wide) @ inputs.to(wide)
 
     def linear_term(self, gram: FactoredGram) -> Tensor | None:
         """G = YᵀX / T (out, in), the `target` of `refit`; None for s = 0, which is what `refit` assumes."""

@@ -73,6 +73,7 @@ def test_json(here: Here, arguments: list[str | Path], tmp_path: Path) -> None:
         (("--updates", "own"), "no combination of the axes exists"),
         (("--seeds", "0"), "--seeds: input should be greater than or equal to 1"),
         (("--ignore", "nothing"), "'nothing' matches no linear layer"),
+        (("--keep-dense", "nothing"), "the keep-dense pattern 'nothing' matches no linear layer"),
         (("--text", "no-such.txt"), "no such file: no-such.txt"),
     ],
 )

@@ -91,6 +91,8 @@ def test_output_that_can_be_written_is_planned(here: Callable[..., Outcome], tin
     [
         (("--sparsity", "2"), "--sparsity"),
         (("--offload", "--calibration", "self"), "leave out --offload"),
+        (("--keep-dense", "nothing"), "the keep-dense pattern 'nothing' matches no linear layer"),
+        (("--pattern", "2:5"), "inputs cannot be split into groups of 5"),
         (("--memory-limit", "much"), "--memory-limit"),
         (("--memory-limit", "8"), "--memory-limit takes a size such as 8GiB"),
     ],

@@ -235,6 +235,15 @@ def test_ignored_layers_stay_dense(prune: Callable[..., dict[str, Any]], tiny: P
         assert torch.equal(dense[name], pruned[name]), name
 
 
+def test_summary_counts_layers_that_lose_nothing(here: Here, tiny: Path, text: Path, tmp_path: Path) -> None:
+    """With the target "layer" there is nothing to refit in them, and the summary blames neither solver nor guard."""
+    options = ("--keep-dense", "down_proj", "--target", "layer", "--no-guard", "--selector", "wanda")
+    outcome = here("prune", tiny, "-o", tmp_path / "out", "--calibration", text, *SIZES, *options)
+    said = " ".join(outcome.stdout.split())
+    assert "14 layers, 2 of them kept dense, pruned to " in said and "certificate: " in said
+    assert "did not reach the tolerance" not in said and "keep simpler weights" not in said
+
+
 def test_pattern_holds_in_every_group(prune: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     record = prune("--pattern", "2:4", "--selector", "wanda", "--solver", "cholesky")
     assert record["config"]["pattern"] == "2:4"

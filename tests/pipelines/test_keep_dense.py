@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, windows
+from families import FAMILIES, plain_inputs, windows
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -51,6 +51,16 @@ def test_left_as_it_is_with_the_target_layer():
         model.get_submodule(DOWN).get_parameter("weight"), dense.get_submodule(DOWN).get_parameter("weight")
     )
     assert {record.accepted for record in report.layers if "down" in record.name} == {"none"}
+
+
+def test_inputs_that_calibration_never_excites_keep_their_weights():
+    model, dense = FAMILIES["opt"].build(), FAMILIES["opt"].build()
+    name = "model.decoder.layers.1.fc2"
+    report = prune(model, TOKENS, PruneConfig(keep_dense=("fc2",), held_out=0))
+    dead = (plain_inputs(model, TOKENS, [name])[name] == 0).all(0)
+    found, weight = (m.get_submodule(name).get_parameter("weight").detach() for m in (model, dense))
+    assert dead.any() and next(record.accepted for record in report.layers if record.name == name) == "optimal"
+    assert torch.equal(found[:, dead], weight[:, dead]) and not torch.equal(found, weight)
 
 
 def test_the_others_lose_what_was_asked_for():

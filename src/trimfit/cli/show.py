@@ -100,25 +100,21 @@ def prune(report: PruneReport, calibration: str, out: Path, *, as_json: bool) ->
     console.print(table, "")
     config = report.config
     tokens = report.windows * report.window_length
+    kept = sum(not record.sparsity for record in report.layers) if config.keep_dense else 0
     console.print(
-        f"{len(report.layers)} layers pruned to {report.sparsity:.2%} zeros with {config.selector} "
+        f"{len(report.layers)} layers{f', {kept} of them kept dense,' if kept else ''} pruned to "
+        f"{report.sparsity:.2%} zeros with {config.selector} "
         f"({config.pattern or f'sparsity {config.mask_pattern.sparsity:g}'}), refit {config.refit}; "
         f"{tokens:,} calibration tokens ({calibration}), {report.held_out_windows} windows held out"
     )
     if report.certificate is not None:
-        unfinished = sum(record.status != "optimal" for record in report.layers)
+        unfinished = sum(record.status not in (None, "optimal") for record in report.layers)
         console.print(
             f"certificate: before rounding to the model's dtype, every layer is proven within {report.certificate:.1e} "
             f"of its optimum (gap / gain over the mask), at most {report.steps} solver steps"
             + (f"; {unfinished} layers did not reach the tolerance" if unfinished else "")
         )
-    simpler = [record.name for record in report.layers if record.accepted != config.refit and record.tokens]
-    if simpler:
-        console.print(
-            f"{len(simpler)} layers keep simpler weights, which on held-out windows are nearer to the target than "
-            f"{'the refit' if config.refit == 'optimal' else 'the update'}: {', '.join(simpler[:3])}"
-            + (", …" if len(simpler) > 3 else "")
-        )
+    _simpler(console, report)
     _few_tokens(console, report.layers)
     console.print(f"{report.seconds:.1f} s, peak memory {report.peak_memory / 2**20:.0f} MiB")
     console.print(
@@ -163,6 +159,19 @@ def quantize(report: QuantizeReport, calibration: str | None, form: str, out: Pa
     }
     reader = "trimfit.load" if online else loads[form]
     console.print(f"written to {out} ({reader} loads it; records in {out}/trimfit.json)", soft_wrap=True)
+
+
+def _simpler(console: Console, report: PruneReport) -> None:
+    """Which layers the guard gave other weights than those asked for."""
+    config = report.config
+    tried = [record for record in report.layers if record.tokens and (record.sparsity or config.share)]
+    simpler = [record.name for record in tried if record.accepted != config.refit]
+    if simpler:
+        console.print(
+            f"{len(simpler)} layers keep simpler weights, which on held-out windows are nearer to the target than "
+            f"{'the refit' if config.refit == 'optimal' else 'the update'}: {', '.join(simpler[:3])}"
+            + (", …" if len(simpler) > 3 else "")
+        )
 
 
 def _few_tokens(console: Console, records: Sequence[LayerRecord | QuantizedRecord]) -> None:

@@ -65,7 +65,8 @@ def compare(
     observer.stage(f"loading {source}")
     checkpoint = load_checkpoint(source, device)
     blocks = select_layers(checkpoint.model, find_blocks(checkpoint.model), config.settings.ignore)
-    fitted = _Fitted(grid.configs, blocks)
+    losing = select_layers(checkpoint.model, blocks, config.settings.keep_dense, "keep-dense")
+    fitted = _Fitted(grid.configs, losing)
     bench = Bench(
         checkpoint,
         calibration,
@@ -134,11 +135,11 @@ def _check_out(out: Path) -> None:
 class _Fitted:
     """Configs made fit for a model: layers whose width an N:M pattern does not divide are kept dense.
 
-    Raises `InputError` when no config is left.
+    `losing` are the blocks with the layers that lose weights. Raises `InputError` when no config is left.
     """
 
-    def __init__(self, configs: Sequence[PruneConfig], blocks: Sequence[Block]):
-        self._blocks = blocks
+    def __init__(self, configs: Sequence[PruneConfig], losing: Sequence[Block]):
+        self._losing = losing
         self._notes: dict[str, None] = {}
         self.configs = tuple(fitted for config in configs if (fitted := self._fit(config)) is not None)
         self.notes = tuple(self._notes)
@@ -149,14 +150,14 @@ class _Fitted:
         if config.pattern is None:
             return config
         m = parse_pattern(config.pattern).m
-        layers = [(block, layer) for block in self._blocks for layer in block.layers]
+        layers = [(block, layer) for block in self._losing for layer in block.layers]
         dense = [(block, layer) for block, layer in layers if layer.weight.shape[1] % m]
         if not dense:
             return config
         kinds = Counter(layer.name.removeprefix(f"{block.name}.") for block, layer in dense)
         named = ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
         if len(dense) == len(layers):
-            self._notes[f"Left out: {config.pattern}, as {m} divides the width of no layer."] = None
+            self._notes[f"Left out: {config.pattern}, as {m} divides the width of no layer to prune."] = None
             return None
         self._notes[f"{config.pattern}: layers whose width {m} does not divide stay dense: {named}."] = None
         return config.model_copy(update={"keep_dense": (*config.keep_dense, *(layer.name for _, layer in dense))})

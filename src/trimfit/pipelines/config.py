@@ -37,7 +37,8 @@ class PruneConfig(BaseModel):
       before the block changes, as the paper does.
     - `ignore`: layers that are left as they are, as globs or "re:" patterns.
     - `keep_dense`: layers that lose no weights, in the same form, such as those that an N:M pattern does not divide.
-      With the target "dense" they are refitted like all others, to make up for what was pruned before them.
+      With the target "dense" they are refitted like all others, to make up for what was pruned before them. `ignore`
+      goes first.
     - `held_out`: share of the windows on which layer errors are measured and nothing is fitted.
     - `guard`: a layer gets simpler weights than those asked for where these are nearer to the target on the held-out
       windows.

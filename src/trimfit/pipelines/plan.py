@@ -17,6 +17,7 @@ from trimfit.checkpoints.packed import check_packable
 from trimfit.errors import InputError
 from trimfit.models import Block
 from trimfit.models.outline import Outline, outline
+from trimfit.pipelines.checks import select_losing
 from trimfit.pipelines.config import PruneConfig
 from trimfit.pipelines.cost import Job, Memory, costs, memory, prune_disk, seconds
 from trimfit.pipelines.opened import check_text
@@ -115,7 +116,11 @@ def plan_prune(source: str, config: PruneConfig, calibration: CalibrationConfig,
         check_text(calibration)
     model_config, dtype = read_config(source)
     length = window_length(calibration.sequence_length, model_config)
-    model = outline(model_config, dtype, length, config.ignore)
+
+    def check(model: PreTrainedModel, blocks: Sequence[Block]) -> None:
+        select_losing(model, blocks, config)
+
+    model = outline(model_config, dtype, length, config.ignore, check)
     held_out = held_out_count(calibration.samples, config.held_out)
     fit = calibration.samples - held_out
     job = Job(config, fit, held_out, target.offload, may_offload=calibration.source != SELF)

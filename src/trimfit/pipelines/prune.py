@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from trimfit.calibration import InputMoments, split_held_out
 from trimfit.errors import InputError
-from trimfit.masks import NM, Pattern, Unstructured, check_width
+from trimfit.masks import NM, Pattern, Unstructured
 from trimfit.models import (
     IN_MEMORY,
     Block,
@@ -28,7 +28,7 @@ from trimfit.models import (
     together,
 )
 from trimfit.pipelines.allocate import Allocation, allocate
-from trimfit.pipelines.checks import check_finite, check_tokens, naming
+from trimfit.pipelines.checks import check_finite, check_tokens, naming, select_losing
 from trimfit.pipelines.config import PruneConfig
 from trimfit.pipelines.damping import DEFAULT_DAMPING, choose_damping
 from trimfit.pipelines.few_tokens import has_few, of_no_tokens, raised_damping
@@ -115,9 +115,7 @@ class PruneRun:
     def _windows(self) -> dict[str, Tensor]:
         """Windows to fit on and windows held out, when everything is in order."""
         check_tokens(self.model, self.tokens)
-        for layer in (layer for block in self._losing() for layer in block.layers):
-            with naming(layer):
-                check_width(self.config.mask_pattern, layer.weight.shape[1])
+        self._losing()
         with stage("forward"), Chain(self.model, self.blocks, self.placement.loaded).loading():
             check_causal(self.model, self.tokens[0].long())
         fit, held_out = split_held_out(self.tokens, self.config.held_out)
@@ -130,7 +128,7 @@ class PruneRun:
 
     def _losing(self) -> list[Block]:
         """The blocks with those layers alone that lose weights."""
-        return select_layers(self.model, self.blocks, self.config.keep_dense, "keep-dense")
+        return select_losing(self.model, self.blocks, self.config)
 
     def _allocation(self, windows: Tensor) -> Allocation | None:
         """How the sparsity is split over the layers; None for N:M, which leaves nothing to split."""

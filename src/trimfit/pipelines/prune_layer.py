@@ -53,7 +53,8 @@ def prune_layer(
         masked = torch.where(selection.mask, dense, 0.0)
         candidates: dict[Accepted, Tensor] = {"none": masked}
         solution: RefitSolution | None = None
-        done = config.share == 0 and bool(selection.mask.all())  # the dense weights are the optimum
+        whole = bool(selection.mask.all())
+        done = config.share == 0 and whole  # the dense weights are the optimum
         kind = "none" if done or not inputs.calibration.tokens else config.refit
         if kind != "none" and selection.weight is not None:
             candidates = {"own": selection.weight, **candidates}
@@ -70,6 +71,8 @@ def prune_layer(
                     ranks=ranks,
                 )
             candidates = {"optimal": solution.weight, **candidates}
+        if whole:  # the optimum for a dead input is its dense weight, and none is to be lost
+            candidates = {name: torch.where(inputs.factored.dead, dense, w) for name, w in candidates.items()}
     accepted: Accepted = ranks.first(lambda: _accepted(candidates, dense, inputs.held_out, config))
     if accepted != "optimal":
         solution = None

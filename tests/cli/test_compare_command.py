@@ -54,12 +54,14 @@ def test_table_on_standard_output_and_in_the_folder(here: Here, arguments: list[
 
 
 def test_json(here: Here, arguments: list[str | Path], tmp_path: Path) -> None:
-    outcome = here(*arguments, "--updates", "none", "--patterns", "2:4", "--seeds", "1", "--json", "--damping", "0.1")
+    options = ("--patterns", "2:4", "--reorder", "no,yes", "--damping", "0.1")
+    outcome = here(*arguments, "--updates", "none", *options, "--seeds", "1", "--json")
     assert outcome.status == 0
     printed = json.loads(outcome.stdout)
     assert printed.pop("output") == str(tmp_path / "out")
     assert printed == json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert [(r["config"]["pattern"], r["config"]["damping"]) for r in printed["rows"]] == [("2:4", 0.1)]
+    rows = [tuple(r["config"][name] for name in ("pattern", "reorder", "damping")) for r in printed["rows"]]
+    assert rows == [("2:4", False, 0.1), ("2:4", True, 0.1)]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,7 @@ def test_json(here: Here, arguments: list[str | Path], tmp_path: Path) -> None:
         (("--sparsity", "0.5,2:4"), "--sparsity takes numbers such as 0.5,0.6, but it is '0.5,2:4'; N:M goes to"),
         (("--sparsity", "50"), "sparsity: input should be less than 1"),
         (("--patterns", "24"), "cannot read the pattern '24'"),
+        (("--reorder", "maybe"), "--reorder takes yes, no or both as yes,no, but it is 'maybe'"),
         (("--updates", "own"), "no combination of the axes exists"),
         (("--seeds", "0"), "--seeds: input should be greater than or equal to 1"),
         (("--ignore", "nothing"), "'nothing' matches no linear layer"),

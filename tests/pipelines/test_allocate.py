@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from trimfit.masks.allocation import STEPS
 from trimfit.models import Block, Walker, find_blocks, select_layers
-from trimfit.pipelines.allocate import Allocation, AllocationName, allocate
+from trimfit.pipelines.allocate import Allocation, AllocationName, allocate, measure
 from trimfit.pipelines.sensitivity import TOKENS as LOOKED_AT
 from trimfit.pipelines.sensitivity import Probe, looked_at
 from trimfit.refit import FactoredGram
@@ -24,7 +24,8 @@ TOKENS = windows(4)
 def run(family: Family, method: AllocationName, sparsity: float = 0.6, ignore: tuple[str, ...] = ()) -> Allocation:
     model = family.build()
     blocks = select_layers(model, find_blocks(model), ignore)
-    return allocate(model, blocks, TOKENS, method=method, sparsity=sparsity, batch_size=2)
+    measured = measure(model, blocks, TOKENS, method=method, batch_size=2)
+    return allocate(blocks, measured, method=method, sparsity=sparsity)
 
 
 def sensitivities(model: PreTrainedModel, blocks: Sequence[Block], tokens: Tensor) -> dict[str, float]:
@@ -41,7 +42,8 @@ def test_totals_are_exact_and_the_model_is_left_alone(family: Family, method: Al
     model = family.build()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     blocks = find_blocks(model)
-    allocation = allocate(model, blocks, TOKENS, method=method, sparsity=0.6, batch_size=2)
+    measured = measure(model, blocks, TOKENS, method=method, batch_size=2)
+    allocation = allocate(blocks, measured, method=method, sparsity=0.6)
     sizes = {layer.name: layer.weight.numel() for block in blocks for layer in block.layers}
     assert allocation.pruned.keys() == sizes.keys()
     assert sum(allocation.pruned.values()) == round(0.6 * sum(sizes.values()))
@@ -58,7 +60,8 @@ def test_totals_are_exact_and_the_model_is_left_alone(family: Family, method: Al
 def test_uniform_needs_no_pass():
     model = FAMILIES["llama"].build()
     blocks = find_blocks(model)
-    allocation = allocate(model, blocks, torch.empty(0, 8), method="uniform", sparsity=0.5)
+    measured = measure(model, blocks, torch.empty(0, 8), method="uniform")
+    allocation = allocate(blocks, measured, method="uniform", sparsity=0.5)
     assert all(2 * allocation.pruned[layer.name] == layer.weight.numel() for block in blocks for layer in block.layers)
     assert [budget.sparsity for budget in allocation.blocks] == [0.5, 0.5]
 
@@ -143,7 +146,8 @@ def test_the_cost_of_a_block_is_that_of_its_layers_alone():
     ignore = ("re:layers.1", "re:(q|k|v|gate|up|down)_proj")
     blocks = select_layers(model, find_blocks(model), ignore)
     name = "model.layers.0.self_attn.o_proj"
-    budget = allocate(model, blocks, TOKENS, method="error", sparsity=0.5).blocks[0]
+    measured = measure(model, blocks, TOKENS, method="error")
+    budget = allocate(blocks, measured, method="error", sparsity=0.5).blocks[0]
     gram = plain_grams(model, TOKENS, [name])[name]
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     losses = (matrix(model.get_submodule(name)).double().square() / damped.inverse().diagonal()).flatten().sort().values

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,22 @@ import numpy
 import pytest
 import torch
 from families import FAMILIES, LENGTH, windows
-from transformers import PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from trimfit import CalibrationConfig, CompareConfig, Comparison, InputError, RunError, compare, load_checkpoint, prune
+from trimfit import (
+    CalibrationConfig,
+    CompareConfig,
+    Comparison,
+    InputError,
+    PruneConfig,
+    RunError,
+    compare,
+    load_checkpoint,
+    prune,
+)
 from trimfit.evaluate import TaskScore, score_text
-from trimfit.pipelines import compare_bench, comparison_report
+from trimfit.pipelines import compare_bench, comparison_report, remembered
 from trimfit.pipelines.journal import Journal
 
 CONFIG = CompareConfig(selectors=("wanda",), updates=("none", "optimal"), sparsity=(0.5, 0.7), seeds=2)
@@ -39,9 +51,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def calibration(data: Path, seed: int = 0) -> CalibrationConfig:
+    return CalibrationConfig(source=str(data / "tokens.npy"), samples=8, sequence_length=LENGTH, seed=seed)
+
+
 def run(source: str, out: Path, data: Path, config: CompareConfig = CONFIG, **options: Any) -> Comparison:
-    calibration = CalibrationConfig(source=str(data / "tokens.npy"), samples=8, sequence_length=LENGTH)
-    return compare(source, out, config, calibration, text=str(data / "text.txt"), window=LENGTH, **options)
+    return compare(source, out, config, calibration(data), text=str(data / "text.txt"), window=LENGTH, **options)
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +89,8 @@ def test_cells_are_those_pruned_and_scored_by_hand(source: str, data: Path, done
     for row in comparison.rows[1:3]:
         for seed, cell in enumerate(row.cells):
             fresh = load_checkpoint(source)
-            calibration = CalibrationConfig(
-                source=str(data / "tokens.npy"), samples=8, sequence_length=LENGTH, seed=seed
-            )
-            report = prune(fresh.model, calibration.windows(fresh.tokenizer, fresh.model), row.config)
+            drawn = calibration(data, seed).windows(fresh.tokenizer, fresh.model)
+            report = prune(fresh.model, drawn, row.config)
             assert cell.seed == seed
             assert cell.score == score_text(fresh.model, fresh.tokenizer, [text], length=LENGTH)
             assert cell.report is not None
@@ -252,6 +265,82 @@ def test_targets_and_allocations_are_columns_where_they_differ(
     assert [row[3:5] for row in table[3:]] == [[t, a] for t in ("layer", "dense") for a in ("uniform", "owl")]
     assert len({row[5] for row in table[3:]}) == 4  # four different perplexities
     assert "target" not in _tables(done[1])[0][0]
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_orders_of_inputs_are_a_column_where_several_are_asked(source: str, data: Path, tmp_path: Path) -> None:
+    config = CompareConfig(selectors=("wanda",), updates=("none",), reorder=(True, False), patterns=("2:4",), seeds=1)
+    run(source, tmp_path, data, config)
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in _tables(tmp_path)[0]]
+    assert table[0][3] == "order" and [row[3] for row in table[3:]] == ["reordered", "given"]
+    assert table[3][4] != table[4][4]  # two perplexities
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_what_cells_share_is_measured_once_and_changes_nothing(
+    source: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pruned weights are those of each cell alone, to the last bit, and so they are when the run is cut in two."""
+    states: list[dict[str, Tensor]] = []
+    measured: list[str] = []
+    score, plain = compare_bench.score_text, remembered.measure
+
+    def scored(model: PreTrainedModel, *arguments: Any, **options: Any) -> Any:
+        states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return score(model, *arguments, **options)
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        measured.append(options["method"])
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(compare_bench, "score_text", scored)
+    monkeypatch.setattr(remembered, "measure", counted)
+    config = CompareConfig(
+        selectors=("wanda",),
+        updates=("none",),
+        allocations=("owl", "error"),
+        sparsity=(0.5, 0.6),
+        patterns=("2:4",),
+        seeds=2,
+    )
+    whole = run(source, tmp_path / "whole", data, config)
+    assert measured == ["owl", "error"] * 2  # once for each draw of the windows
+    cells = [cell for seed in (0, 1) for row in whole.rows for cell in row.cells if cell.seed == seed]
+    for cell, state in zip(cells, states[1:], strict=True):
+        fresh = load_checkpoint(source)
+        assert cell.config is not None and cell.seed is not None
+        prune(fresh.model, calibration(data, cell.seed).windows(fresh.tokenizer, fresh.model), cell.config)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in fresh.model.state_dict().items())
+
+    journal = (tmp_path / "whole" / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "journal.jsonl").write_bytes(b"".join(journal[:5]))  # what a kill after three cells leaves
+    rest = states[4:]
+    states.clear()
+    cut = run(source, tmp_path / "cut", data, config)
+    assert [[cell.score for cell in row.cells] for row in cut.rows] == [
+        [c.score for c in row.cells] for row in whole.rows
+    ]
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(states, rest, strict=True) for name in a)
+
+
+def test_a_cell_is_told_the_time_that_it_would_have_taken_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = remembered.measure
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.05)
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(remembered, "measure", slow)
+    measure, added, stages = remembered.Remembered(), [], []
+    for options in ({"sparsity": 0.5}, {"sparsity": 0.6}, {"pattern": "2:4"}):
+        config = PruneConfig.model_validate({"selector": "sparsegpt", "refit": "own", **options})
+        config = config.model_copy(update={"allocation": "owl"}) if config.pattern is None else config
+        report = prune(FAMILIES["llama"].build(), windows(8), config, measure=measure)
+        added.append(measure.told(report).seconds - report.seconds)
+        stages.append(measure.told(report).stages)
+    assert added[0] == added[2] == 0 and added[1] > 0.05  # the first has spent it itself, the last has no need of it
+    assert stages[0].keys() == stages[1].keys()
 
 
 @pytest.mark.parametrize("changed", ["model", "text", "calibration", "tasks"])

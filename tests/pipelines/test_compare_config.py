@@ -65,6 +65,14 @@ def test_allocations_are_an_axis_that_patterns_do_not_have() -> None:
     assert any("leaves no sparsity to split" in reason for reason in config.grid().left_out)
 
 
+def test_orders_of_inputs_are_an_axis_of_patterns() -> None:
+    config = CompareConfig(
+        selectors=("joint",), updates=("none",), reorder=(True, False), sparsity=(0.5,), patterns=("2:4",)
+    )
+    assert [(c.pattern, c.reorder) for c in config.grid().configs] == [(None, None), ("2:4", True), ("2:4", False)]
+    assert config.grid().left_out == ()
+
+
 def test_common_settings_are_in_every_cell_and_nothing_chooses_by_held_out_windows() -> None:
     config = CompareConfig(selectors=("wanda", "joint"), common={"damping": 0.1, "held_out": 0.25})
     assert {(c.damping, c.held_out, c.guard) for c in config.grid().configs} == {(0.1, 0.25, False)}

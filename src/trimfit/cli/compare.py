@@ -31,6 +31,9 @@ def compare(
     allocations: Annotated[
         _Axis, typer.Option(help="Of the sparsity over layers: uniform, owl, error. \\[default: as for prune]")
     ] = None,
+    reorder: Annotated[
+        _Axis, typer.Option(help="Inputs into an order that suits N:M: yes, no. \\[default: as for prune]")
+    ] = None,
     sparsity: Annotated[
         _Axis, typer.Option(help="Shares to remove, as in 0.5,0.6. \\[default: 0.5, or none with --patterns]")
     ] = None,
@@ -77,6 +80,7 @@ def compare(
         "updates": _values(updates),
         "targets": _values(targets),
         "allocations": _values(allocations),
+        "reorder": _answers(reorder),
         "sparsity": _shares(sparsity),
         "patterns": _values(patterns),
     }
@@ -141,3 +145,10 @@ def _shares(given: _Axis) -> tuple[float, ...]:
         raise InputError(
             f"--sparsity takes numbers such as 0.5,0.6, but it is {','.join(values)!r}; N:M goes to --patterns"
         ) from None
+
+
+def _answers(given: _Axis) -> tuple[bool, ...]:
+    values = _values(given)
+    if wrong := [value for value in values if value not in ("yes", "no")]:
+        raise InputError(f"--reorder takes yes, no or both as yes,no, but it is {wrong[0]!r}")
+    return tuple(value == "yes" for value in values)

@@ -1,7 +1,8 @@
 """Splits a sparsity over a model's layers by what one pass through the dense model tells of them."""
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -58,47 +59,90 @@ class Allocation(BaseModel):
     blocks: list[BlockBudget]
 
 
-def allocate(
+@dataclass(frozen=True)
+class Measured:
+    """What the layers of a dense model tell on some windows: an allocation goes by it at any sparsity.
+
+    - `outliers`: OWL's outlier ratio of each block that has layers, by its index; None for other methods.
+    - `costs`: of each layer, by its name, (STEPS + 1,) estimated nats per token by the share that is pruned; or None.
+    """
+
+    outliers: dict[int, float] | None = None
+    costs: dict[str, Tensor] | None = None
+
+
+class Measure(Protocol):
+    """`measure`, or something that knows what it would give."""
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        windows: Tensor,
+        *,
+        method: AllocationName,
+        damping: float = 0.01,
+        batch_size: int = 8,
+        placement: Placement = IN_MEMORY,
+        ranks: Ranks = ALONE,
+        observer: Observer | None = None,
+    ) -> Measured:
+        """See `measure`."""
+        ...
+
+
+def measure(
     model: PreTrainedModel,
     blocks: Sequence[Block],
     windows: Tensor,
     *,
     method: AllocationName,
-    sparsity: float,
     damping: float = 0.01,
     batch_size: int = 8,
     placement: Placement = IN_MEMORY,
     ranks: Ranks = ALONE,
     observer: Observer | None = None,
-) -> Allocation:
-    """How many weights each layer loses. Nothing is changed; the model must still be dense.
+) -> Measured:
+    """What `allocate` needs to know. Nothing is changed; the model must still be dense.
 
     - `blocks`: with the layers to prune.
     - `windows`: (N, L) int64 calibration windows; "uniform" does not look at them.
-    - `method`: "uniform", the same share everywhere; "owl", by blocks, less where there are many outliers; "error", by
-      layers, so that the estimated cost in nats is least: one pass, with a stream of few windows for each layer.
+    - `method`: see `allocate`; "error" takes one pass, with a stream of few windows for each layer.
     - `damping`, `batch_size`: as for `prune`; `placement`, `ranks`: as for `Walker`.
 
-    Raises `InputError` as `Walker` does, and for layers so small that some would lose all their weights.
+    Raises `InputError` as `Walker` does.
     """
-    layers = [layer for block in blocks for layer in block.layers]
-    sizes = {layer.name: layer.weight.numel() for layer in layers}
     if method == "uniform":
-        counts = uniform(list(sizes.values()), sparsity)
-        return _allocation(method, blocks, sizes, dict(zip(sizes, counts, strict=True)))
+        return Measured()
     (observer or Silent()).stage(f"allocating the sparsity ({method})")
     if method == "owl":
         walker = Walker(model, blocks, {"all": windows}, batch_size, placement=placement, ranks=ranks, frozen=True)
-        outliers = _outliers(walker)
-        ratios = [outliers[block.index] for block in blocks for _ in block.layers]
-        counts = by_outliers(list(sizes.values()), ratios, sparsity)
-        return _allocation(method, blocks, sizes, dict(zip(sizes, counts, strict=True)), outliers=outliers)
+        return Measured(outliers=_outliers(walker))
     sets = {"all": _enough(windows, blocks), "few": looked_at(windows)}
     alone = ("few",)  # noise has to be the same, whoever makes it
     walker = Walker(model, blocks, sets, batch_size, False, placement, ranks, alone, to_the_end=True, frozen=True)
-    costs = _costs(walker, Probe(walker, "few"), damping)
-    counts = by_error(list(sizes.values()), [costs[name] for name in sizes], sparsity)
-    return _allocation(method, blocks, sizes, dict(zip(sizes, counts, strict=True)), costs=costs)
+    return Measured(costs=_costs(walker, Probe(walker, "few"), damping))
+
+
+def allocate(blocks: Sequence[Block], measured: Measured, *, method: AllocationName, sparsity: float) -> Allocation:
+    """How many weights each layer loses.
+
+    - `blocks`: with the layers to prune.
+    - `method`: "uniform", the same share everywhere; "owl", by blocks, less where there are many outliers; "error", by
+      layers, so that the estimated cost in nats is least.
+    - `measured`: by the same method.
+
+    Raises `InputError` for layers so small that some would lose all their weights.
+    """
+    sizes = {layer.name: layer.weight.numel() for block in blocks for layer in block.layers}
+    if measured.outliers is not None:
+        ratios = [measured.outliers[block.index] for block in blocks for _ in block.layers]
+        counts = by_outliers(list(sizes.values()), ratios, sparsity)
+    elif measured.costs is not None:
+        counts = by_error(list(sizes.values()), [measured.costs[name] for name in sizes], sparsity)
+    else:
+        counts = uniform(list(sizes.values()), sparsity)
+    return _allocation(method, blocks, sizes, dict(zip(sizes, counts, strict=True)), measured)
 
 
 def _outliers(walker: Walker) -> dict[int, float]:
@@ -155,10 +199,9 @@ def _allocation(
     blocks: Sequence[Block],
     sizes: dict[str, int],
     pruned: dict[str, int],
-    *,
-    outliers: dict[int, float] | None = None,
-    costs: dict[str, Tensor] | None = None,
+    measured: Measured,
 ) -> Allocation:
+    outliers, costs = measured.outliers, measured.costs
     budgets = [
         BlockBudget(
             block=block.index,

@@ -17,6 +17,7 @@ from trimfit.pipelines.config import PruneConfig
 from trimfit.pipelines.observer import Finished, Observer
 from trimfit.pipelines.prune import prune
 from trimfit.pipelines.records import versions
+from trimfit.pipelines.remembered import Remembered
 from trimfit.pipelines.windows import digest, draw_windows
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Bench:
         self._observer = observer
         self._dense = {name: tensor.to("cpu", copy=True) for name, tensor in checkpoint.model.state_dict().items()}
         self._windows: tuple[int, Tensor] | None = None  # of one seed at a time
+        self._measure = Remembered()
 
     def identity(self) -> dict[str, Any]:
         """All that the numbers depend on and a config does not tell."""
@@ -80,9 +82,9 @@ class Bench:
         try:
             self._restore()
             windows = self._draw(seed)
-            report = prune(self._checkpoint.model, windows, config, observer=observer)
+            report = prune(self._checkpoint.model, windows, config, observer=observer, measure=self._measure)
             observer.stage("scoring")
-            cell = cell.model_copy(update={"report": report})
+            cell = cell.model_copy(update={"report": self._measure.told(report)})
             return self._measured(cell)
         except Exception as error:  # whatever it is, the other cells may go well
             failure = f"{type(error).__name__}: {first_line(error)}"
@@ -96,7 +98,7 @@ class Bench:
         if self._windows is None or self._windows[0] != seed:
             asked = self._calibration.model_copy(update={"seed": seed})
             windows, _ = draw_windows(self._checkpoint, asked, self._batch_size, self._observer)
-            self._windows = seed, windows
+            self._windows, self._measure = (seed, windows), Remembered()
         return self._windows[1]
 
     def _measured(self, cell: Cell) -> Cell:

@@ -16,6 +16,7 @@ AXES = {
     "updates": "refit",
     "targets": "target",
     "allocations": "allocation",
+    "reorder": "reorder",
     "sparsity": "sparsity",
     "patterns": "pattern",
 }
@@ -28,6 +29,7 @@ class CompareConfig(BaseModel):
     """Axes of a comparison; each holds values of one field of `PruneConfig`, which see.
 
     - `selectors`, `updates` (field `refit`), `targets`, `allocations`: an axis without values has `PruneConfig`'s.
+    - `reorder`: for N:M alone, without values as for `PruneConfig`.
     - `sparsity`, `patterns`: one axis, one after the other; sparsity 0.5 when neither is given.
     - `seeds`: how many draws of the calibration windows, at least 1; spreads need two.
     - `common`: other fields of `PruneConfig`, the same in every cell. `scope` is for unstructured sparsity only, and
@@ -42,6 +44,7 @@ class CompareConfig(BaseModel):
     updates: tuple[str, ...] = ("none", "own", "optimal")
     targets: tuple[str, ...] = ()
     allocations: tuple[str, ...] = ()
+    reorder: tuple[bool, ...] = ()
     sparsity: tuple[float, ...] = ()
     patterns: tuple[str, ...] = ()
     seeds: int = Field(default=5, ge=1, le=1000)
@@ -51,7 +54,7 @@ class CompareConfig(BaseModel):
     def _possible(self) -> Self:
         for axis, field in AXES.items():
             for value in getattr(self, axis):
-                _check(axis, {field: value})
+                _check(axis, {field: value} | ({"pattern": "2:4"} if axis == "reorder" else {}))
         taken = sorted(set(AXES.values()).intersection(self.common))
         if taken:
             raise ValueError(f"{', '.join(taken)} cannot be common to all cells: it is an axis of the comparison")
@@ -91,7 +94,7 @@ class Grid:
 
 def _moot(pattern: dict[str, Any]) -> dict[str, Any]:
     """Fields without a meaning beside the ones chosen, so that cells which would be equal are one."""
-    return {"scope": None} if "pattern" in pattern else {}
+    return {"scope": None} if "pattern" in pattern else {"reorder": None}
 
 
 def _check(name: str, fields: dict[str, Any]) -> None:

@@ -19,6 +19,8 @@ _UPDATES = {"none": "none", "own": "own", "optimal": "optimal refit"}
 
 _Labels: TypeAlias = Mapping[str, Callable[[PruneConfig], str]]
 
+_ORDERS = {None: "", True: "reordered", False: "given"}
+
 # Columns that say what a row is. A column beyond the first three is shown where its values differ.
 _LABELS: _Labels = {
     "pattern": pattern_name,
@@ -26,6 +28,7 @@ _LABELS: _Labels = {
     "update": lambda config: _UPDATES[config.refit],
     "target": lambda config: config.target,
     "allocation": lambda config: config.split,
+    "order": lambda config: _ORDERS[config.reorder],
 }
 # Columns of numbers: heading, quantity, format.
 _NUMBERS = (

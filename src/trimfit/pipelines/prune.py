@@ -27,7 +27,7 @@ from trimfit.models import (
     select_layers,
     together,
 )
-from trimfit.pipelines.allocate import Allocation, allocate
+from trimfit.pipelines.allocate import Allocation, Measure, allocate, measure
 from trimfit.pipelines.checks import check_finite, check_tokens, naming, select_losing
 from trimfit.pipelines.config import PruneConfig
 from trimfit.pipelines.damping import DEFAULT_DAMPING, choose_damping
@@ -51,6 +51,7 @@ def prune(
     config: PruneConfig | None = None,
     *,
     observer: Observer | None = None,
+    measure: Measure = measure,
 ) -> PruneReport:
     """Prunes the linear layers of a causal LM's decoder blocks in place. Embeddings and head stay dense.
 
@@ -60,6 +61,7 @@ def prune(
     - `tokens`: (N, L) int64, calibration windows of L token ids each.
     - `config`: see `PruneConfig`.
     - `observer`: told of each finished layer.
+    - `measure`: asked for what an allocation goes by; for whoever prunes the same model again and again.
 
     **Returns** a `PruneReport`. Deterministic: the same input gives the same weights on the same machine.
 
@@ -68,7 +70,7 @@ def prune(
     config = config or PruneConfig()
     blocks = select_layers(model, find_blocks(model), config.ignore)
     check_finite(model)
-    return PruneRun(model, blocks, tokens, config, observer or Silent()).run()
+    return PruneRun(model, blocks, tokens, config, observer or Silent(), measure=measure).run()
 
 
 @dataclass
@@ -80,6 +82,7 @@ class PruneRun:
     - `placement`: where weights come from and hidden states wait.
     - `ranks`: the processes that share the run.
     - `ledger`: asked for what is finished already, and given what is finished.
+    - `measure`: as for `prune`.
     """
 
     model: PreTrainedModel
@@ -90,6 +93,7 @@ class PruneRun:
     placement: Placement = IN_MEMORY
     ranks: Ranks = ALONE
     ledger: Ledger = field(default_factory=Blank)
+    measure: Measure = measure
 
     def run(self) -> PruneReport:
         """Prunes the blocks in their order. Raises `InputError` before anything changes if something does not fit."""
@@ -136,18 +140,19 @@ class PruneRun:
             return None
         if self.ledger.allocation is not None:
             return self.ledger.allocation
-        allocation = allocate(
+        losing = self._losing()
+        measured = self.measure(
             self.model,
-            self._losing(),
+            losing,
             windows,
             method=self.config.split,
-            sparsity=self.config.sparsity,
             damping=DEFAULT_DAMPING if self.config.damping == "auto" else self.config.damping,
             batch_size=self.config.batch_size,
             placement=self.placement,
             ranks=self.ranks,
             observer=self.observer,
         )
+        allocation = allocate(losing, measured, method=self.config.split, sparsity=self.config.sparsity)
         self.ledger.keep_allocation(allocation)
         return allocation
 

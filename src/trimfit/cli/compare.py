@@ -32,7 +32,7 @@ def compare(
         _Axis, typer.Option(help="Of the sparsity over layers: uniform, owl, error. \\[default: as for prune]")
     ] = None,
     reorder: Annotated[
-        _Axis, typer.Option(help="Inputs into an order that suits N:M: yes, no. \\[default: as for prune]")
+        _Axis, typer.Option(help="Inputs into an order that suits an N:M pattern: yes, no. \\[default: as for prune]")
     ] = None,
     sparsity: Annotated[
         _Axis, typer.Option(help="Shares to remove, as in 0.5,0.6. \\[default: 0.5, or none with --patterns]")

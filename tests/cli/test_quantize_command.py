@@ -38,9 +38,9 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
         return model(torch.arange(3, 35)[None]).logits
 
 
-def in_memory(directory: Path, **options: Any) -> PreTrainedModel:
+def in_memory(directory: Path, scale_dtype: torch.dtype | None = None, **options: Any) -> PreTrainedModel:
     model = load_checkpoint(str(directory)).model
-    quantize(model, QuantizeConfig.model_validate(options))
+    quantize(model, QuantizeConfig.model_validate(options), scale_dtype=scale_dtype)
     return model
 
 
@@ -213,7 +213,7 @@ def test_gguf(run: Quantize, here: Here, tmp_path: Path) -> None:
     assert nothing_but(tmp_path / "out", ["model.gguf", "tokenizer.json", "tokenizer_config.json", "trimfit.json"])
     assert "llama.cpp loads it" in record["stdout"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32)
-    expected = in_memory(wide, symmetric=True, group_size=32)
+    expected = in_memory(wide, torch.float16, symmetric=True, group_size=32)  # scales as GGUF has them
     for name, tensor in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name].bfloat16(), tensor), name
 

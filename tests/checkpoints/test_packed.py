@@ -336,15 +336,15 @@ def test_a_layer_that_the_format_cannot_hold_is_refused(tmp_path: Path):
     model = EVERYTHING["gpt2"].build()
     name = "transformer.h.0.attn.c_attn"
     with pytest.raises(InputError, match=f"{name} is a Conv1D, but the pack-quantized format"):
-        check_packable(model, [name])
+        check_packable(model, {name: Grid(4, None)})
     with pytest.raises(InputError, match="Conv1D"):
         finish_packed(model, {name: Grid(4, None)}, tmp_path)
 
 
 def test_a_layer_that_shares_its_weights_is_refused():
     with pytest.raises(InputError, match="lm_head shares its weights with the embedding"):
-        check_packable(EVERYTHING["llama-tied"].build(), ["lm_head"])
-    check_packable(EVERYTHING["llama"].build(), ["lm_head", "model.layers.0.mlp.up_proj"])
+        check_packable(EVERYTHING["llama-tied"].build(), {"lm_head": Grid(4, None)})
+    check_packable(EVERYTHING["llama"].build(), dict.fromkeys(["lm_head", "model.layers.0.mlp.up_proj"], Grid(4, None)))
 
 
 def test_a_layer_that_was_packed_wrongly_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

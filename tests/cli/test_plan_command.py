@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from cli_helpers import CONTEXT, VOCABULARY, Outcome, is_one_sentence, make_model, nothing_but, save_model
-from families import FAMILIES
+from families import EXPERT_FAMILIES, FAMILIES
 
 from trimfit.cli import commands, plan
 from trimfit.pipelines import plan as planning
@@ -151,11 +151,28 @@ def test_what_quantize_refuses_its_plan_refuses(
     assert planned == run
 
 
-def test_model_that_cannot_be_packed_is_refused(here: Callable[..., Outcome], tmp_path: Path):
-    source = save_model(tmp_path / "gpt2", FAMILIES["gpt2"].build(vocab_size=VOCABULARY))
-    command = ("quantize", source, "-o", tmp_path / "out")
+@pytest.mark.parametrize(
+    ("family", "options", "expected", "remedy"),
+    [
+        ("gpt2", (), "is a Conv1D", ("--format", "dense")),
+        ("mixtral", (), "packed experts cannot have zero points", ("--symmetric",)),
+        ("mixtral", ("--format", "gguf", "--symmetric"), "a mixtral model cannot be written as GGUF", ()),
+    ],
+)
+def test_model_that_the_format_cannot_hold_is_refused(
+    here: Callable[..., Outcome],
+    tmp_path: Path,
+    family: str,
+    options: tuple[str, ...],
+    expected: str,
+    remedy: tuple[str, ...],
+):
+    source = save_model(tmp_path / family, {**FAMILIES, **EXPERT_FAMILIES}[family].build(vocab_size=VOCABULARY))
+    command = ("quantize", source, "-o", tmp_path / "out", *options)
+    assert expected in here(*command, "--plan").stderr
     assert here(*command, "--plan") == here(*command)
-    assert here(*command, "--plan", "--format", "dense").status == 0
+    if remedy:
+        assert here(*command, "--plan", *remedy).status == here(*command, *remedy).status == 0
 
 
 def test_a_plan_is_made_by_one_process(

@@ -9,6 +9,7 @@ from trimfit.checkpoints.atomic import write_durably as write_durably
 from trimfit.checkpoints.load import Checkpoint as Checkpoint
 from trimfit.checkpoints.load import fingerprint as fingerprint
 from trimfit.checkpoints.load import load_checkpoint as load_checkpoint
+from trimfit.checkpoints.load import load_tokenizer as load_tokenizer
 from trimfit.checkpoints.load import read_config as read_config
 from trimfit.checkpoints.load import resolve_device as resolve_device
 from trimfit.checkpoints.save import check_space as check_space

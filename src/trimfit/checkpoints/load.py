@@ -41,7 +41,7 @@ def load_checkpoint(source: str, device: torch.device | None = None, *, quantize
     for anything else that is not a whole, unquantized, decoder-only language model with a tokenizer that fits.
     """
     source, config = _open(source, quantized=quantized)
-    tokenizer = _load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
     device = device or torch.device("cpu")
     model: Any = _load_model(source, config, outline=device.type == "meta")
     model = model.to(device)
@@ -85,6 +85,17 @@ def read_config(source: str) -> tuple[PreTrainedConfig, torch.dtype]:
         told = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
         dtype = told if isinstance(told, torch.dtype) else torch.float32
     return config, dtype
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint; `source` and errors are those of `load_checkpoint`."""
+    directory = Path(source).expanduser()
+    if directory.is_dir() and not any(file for pattern in _TOKENIZER for file in directory.glob(pattern)):
+        raise InputError(f"{directory} has no tokenizer (tokenizer.json): the download is incomplete, fetch it again")
+    try:
+        return AutoTokenizer.from_pretrained(directory if directory.is_dir() else source)
+    except Exception as error:  # as above
+        raise InputError(f"the tokenizer of {source} cannot be loaded: {first_line(error)}") from error
 
 
 def resolve_device(name: str) -> torch.device:
@@ -247,13 +258,3 @@ def _check_packed(source: str, model: PreTrainedModel) -> None:
         shape = getattr(module, "weight_shape", None)
         if isinstance(shape, Tensor) and shape.tolist() != [module.out_features, module.in_features]:
             raise InputError(f"weights of {source} have other shapes than config.json says, {name}.weight first")
-
-
-def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    directory = Path(source)
-    if directory.is_dir() and not any(file for pattern in _TOKENIZER for file in directory.glob(pattern)):
-        raise InputError(f"{directory} has no tokenizer (tokenizer.json): the download is incomplete, fetch it again")
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # as above
-        raise InputError(f"the tokenizer of {source} cannot be loaded: {first_line(error)}") from error

@@ -2,7 +2,7 @@
 
 import copy
 import weakref
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +90,18 @@ def quantization_config(layers: Mapping[str, Grid], ignore: Sequence[str]) -> di
     }
 
 
-def check_packable(model: PreTrainedModel, names: Iterable[str]) -> None:
+def check_packable(model: PreTrainedModel, grids: Mapping[str, Grid], *, online: bool = False) -> None:
     """Raises `InputError` for layers the format cannot hold.
 
-    It holds each `torch.nn.Linear` itself with weights of its own, and experts that files hold one by one.
+    It holds each `torch.nn.Linear` itself with weights of its own, and experts as `check_experts` says.
+
+    - `model`: tells names, shapes and dtypes; its weights are not looked at.
+    - `grids`: the grid of each layer, by its name in the model; `online`: whether they have online transformations.
     """
     tied = _tied(model)
     modules: dict[str, nn.Module] = dict(model.named_modules())
     parts = expert_parts(model)
-    for name in names:
+    for name in grids:
         if name in parts:
             continue
         if name not in modules:
@@ -114,6 +117,7 @@ def check_packable(model: PreTrainedModel, names: Iterable[str]) -> None:
             )
         if f"{name}.weight" in tied:
             raise InputError(f"{name} shares its weights with the embedding, so it cannot be packed; leave it as it is")
+    check_experts(parts, grids, online=online)
 
 
 def plain_tensors(model: PreTrainedModel, layers: Collection[str], prefix: str = "") -> dict[str, Tensor]:
@@ -185,7 +189,6 @@ def finish_packed(
     the dtype of the model, in which they would be loaded.
     """
     check_packable(model, layers)
-    check_experts(model, layers)
     transforms = transforms or {}
     parts = expert_parts(model)
     # Experts first: among several grids, transformers takes the first for theirs.

@@ -1,6 +1,6 @@
 """Experts in packed checkpoints: in the model all share a tensor, in files each of their layers has its own."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -62,20 +62,19 @@ def stored_names(
     return experts | revert_weight_conversion(model, {n: t for n, t in tensors.items() if n not in experts})
 
 
-def check_experts(model: PreTrainedModel, layers: Mapping[str, Grid], *, online: bool = False) -> None:
+def check_experts(experts: Collection[str], layers: Mapping[str, Grid], *, online: bool) -> None:
     """Raises `InputError` for experts on grids that transformers does not read: it knows one, without zero points.
 
-    `layers` are the grids by the layers' names in the model; `online`, whether they have online transformations.
+    `experts` are the names of all that files hold one by one; the rest as for `check_packable`.
     """
-    parts = expert_parts(model)
-    grids = {name: layers[name] for name in parts if name in layers}
+    grids = {name: layers[name] for name in experts if name in layers}
     if not grids:
         return
     if online:
         raise InputError("packed experts take no online transformations: use another --transform, or --format dense")
     if not all(grid.symmetric for grid in grids.values()):
         raise InputError("packed experts cannot have zero points: give --symmetric, or --format dense")
-    if left := [name for name in parts if name not in grids]:
+    if left := [name for name in experts if name not in grids]:
         raise InputError(
             f"{left[0]} stays as it is, but transformers reads packed experts only if all are: ignore all or none of "
             "them, or give --format dense"

@@ -110,11 +110,13 @@ def outline(
     Layers that `ignore` matches are in no group. Errors are those of `find_blocks`, `select_layers`, and of `check`,
     which is given the model and its blocks.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    without_values = FakeTensorMode(allow_non_fake_inputs=True)
+    with without_values:
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        every = find_blocks(model)
-        chosen = select_layers(model, every, ignore)
-        check(model, chosen)
+    every = find_blocks(model)
+    chosen = select_layers(model, every, ignore)
+    check(model, chosen)  # which may look at values of its own
+    with without_values, torch.no_grad():
         size = {block.name: sum(p.nbytes for p in block.module.parameters()) for block in every}
         embedding = model.get_input_embeddings().get_parameter("weight")
         traced = _trace(model.eval(), every, length)

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 
 from trimfit.calibration import CalibrationConfig, held_out_count, window_length
 from trimfit.calibration.config import SELF
-from trimfit.checkpoints import read_config
-from trimfit.checkpoints.packed import check_packable
+from trimfit.checkpoints import load_tokenizer, read_config
 from trimfit.errors import InputError
 from trimfit.models import Block
 from trimfit.models.outline import Outline, outline
@@ -23,7 +22,7 @@ from trimfit.pipelines.cost import Job, Memory, costs, memory, prune_disk, secon
 from trimfit.pipelines.opened import check_text
 from trimfit.pipelines.quantize_config import QuantizeConfig
 from trimfit.pipelines.quantize_cost import QuantizeJob, quantize_costs, quantize_disk, quantize_memory
-from trimfit.pipelines.quantize_save import Format, check_offload
+from trimfit.pipelines.quantize_save import Format, check_offload, check_result
 from trimfit.pipelines.records import peak_memory
 from trimfit.pipelines.run_start import check_target
 from trimfit.throughput import Throughput, measure_throughput
@@ -137,9 +136,10 @@ def plan_quantize(
     model_config, dtype = read_config(source)
     length = 1 if calibration is None else window_length(calibration.sequence_length, model_config)
 
+    tokenizer = load_tokenizer(source) if format == "gguf" else None  # other files need none to be planned
+
     def check(model: PreTrainedModel, blocks: Sequence[Block]) -> None:
-        if format == "packed":
-            check_packable(model, [layer.name for block in blocks for layer in block.layers])
+        check_result(model, tokenizer, blocks, format, config)
 
     model = outline(model_config, dtype, length, config.ignore, check)
     by_block = target.offload or (format == "packed" and calibration is None)

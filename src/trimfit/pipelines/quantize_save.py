@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trimfit.calibration import CalibrationConfig
 from trimfit.checkpoints import save_checkpoint, write_sidecar
 from trimfit.checkpoints.gguf import check_gguf, write_gguf
 from trimfit.checkpoints.packed import PackedWriter, check_packable, plain_tensors
-from trimfit.checkpoints.packed_experts import check_experts
 from trimfit.checkpoints.patch import PatchedShards, check_patchable
 from trimfit.errors import InputError
 from trimfit.models import Block
@@ -47,6 +47,24 @@ def check_offload(format: Format, calibration: CalibrationConfig | None) -> None
         check_text(calibration)
 
 
+def check_result(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    blocks: Sequence[Block],
+    format: Format,
+    config: QuantizeConfig,
+) -> None:
+    """Raises `InputError` for a model that the format cannot hold with the layers of `blocks` quantized.
+
+    Names, shapes and dtypes of the model tell; its weights are not looked at. Only GGUF asks for a tokenizer.
+    """
+    if format == "packed":
+        check_packable(model, _grids(blocks, config), online=config.transform == "online")
+    if format == "gguf":
+        assert tokenizer is not None
+        check_gguf(model, tokenizer, _grids(blocks, config))
+
+
 @dataclass(frozen=True)
 class QuantizeRecord(CheckpointRecord):
     """How a quantized model came about; see `CheckpointRecord`."""
@@ -74,11 +92,7 @@ class Result:
 
     def check(self) -> None:
         """Raises `InputError` for a model that the format cannot hold."""
-        if self.format == "packed":
-            check_packable(self._model, self._grids())
-            check_experts(self._model, self._grids(), online=self.config.transform == "online")
-        if self.format == "gguf":
-            check_gguf(self._model, self.opened.checkpoint.tokenizer, self._grids())
+        check_result(self._model, self.opened.checkpoint.tokenizer, self.blocks, self.format, self.config)
 
     def prepare(self, *, data: bool) -> str:
         """The fingerprint of the model. With `data` it can be run when a block is loaded.
@@ -118,7 +132,7 @@ class Result:
             finished = (kept.finished(block) for block in self.blocks)
             layers = ((name, layer.quantized) for one in finished for name, layer in one.layers.items())
             tokenizer = self.opened.checkpoint.tokenizer
-            write_gguf(self._model, tokenizer, self._grids(), layers, directory / "model.gguf")
+            write_gguf(self._model, tokenizer, _grids(self.blocks, self.config), layers, directory / "model.gguf")
         self.opened.checkpoint.tokenizer.save_pretrained(directory)
         write_sidecar(directory, record.sidecar())
 
@@ -156,9 +170,10 @@ class Result:
     def _model(self) -> Any:
         return self.opened.checkpoint.model
 
-    def _grids(self) -> dict[str, Grid]:
-        layers = [layer for block in self.blocks for layer in block.layers]
-        return {layer.name: self.config.grid.fitted(layer.weight.shape[1]) for layer in layers}
+
+def _grids(blocks: Sequence[Block], config: QuantizeConfig) -> dict[str, Grid]:
+    layers = [layer for block in blocks for layer in block.layers]
+    return {layer.name: config.grid.fitted(layer.weight.shape[1]) for layer in layers}
 
 
 def _parameters(block: Block) -> dict[str, nn.Parameter]:

@@ -206,6 +206,7 @@ def test_experts_can_be_ignored_by_name():
         *(f"model.layers.0.mlp.experts.{i}.down_proj" for i in (0, 1, 3)),
         *(f"model.layers.1.mlp.experts.{i}.{name}" for i in (0, 1, 3) for name in ("gate_up_proj", "down_proj")),
     }
+    assert select_layers(model, blocks, ["experts.2.*"]) == blocks  # they are known, though left out already
     walker = Walker(model, blocks, {"fit": windows(2)})
     for block in walker:  # those that are left are seen all the same
         assert {layer.name for group in walker.groups(block) if group.is_expert for layer in group.layers} <= left

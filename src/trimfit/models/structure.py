@@ -183,7 +183,7 @@ def select_layers(
     the name of the `option` that it was given to.
     """
     linear = [name for name, module in model.named_modules() if _is_linear(module)]
-    named = {*linear, *(layer.name for block in blocks for layer in block.layers)}
+    named = {*linear, *(layer.name for block in find_blocks(model) for layer in block.layers)}  # experts, too
     ignored: set[str] = set()
     for pattern in ignore:
         matched = {name for name in named if _matches(name, pattern, option)}

@@ -1,8 +1,8 @@
 """Splits a sparsity over a model's layers by what one pass through the dense model tells of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, TypeAlias
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -71,24 +71,7 @@ class Measured:
     costs: dict[str, Tensor] | None = None
 
 
-class Measure(Protocol):
-    """`measure`, or something that knows what it would give."""
-
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        blocks: Sequence[Block],
-        windows: Tensor,
-        *,
-        method: AllocationName,
-        damping: float = 0.01,
-        batch_size: int = 8,
-        placement: Placement = IN_MEMORY,
-        ranks: Ranks = ALONE,
-        observer: Observer | None = None,
-    ) -> Measured:
-        """See `measure`."""
-        ...
+Measure: TypeAlias = Callable[..., Measured]  # `measure`, or what knows what that would give
 
 
 def measure(

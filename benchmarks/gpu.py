@@ -34,7 +34,7 @@ from trimfit import CalibrationConfig, PruneConfig, PruneReport, QuantizeConfig,
 from trimfit.calibration import held_out_count
 from trimfit.models.outline import outline
 from trimfit.pipelines import quantize_checkpoint
-from trimfit.pipelines.cost import Costs, Job, costs
+from trimfit.pipelines.cost import Costs, Job
 from trimfit.throughput import Throughput, measure_throughput
 
 STAGES = ("allocation", "forward", "gram", "factorisation", "order", "mask", "refit", "errors", "load", "save")
@@ -155,7 +155,7 @@ def _counted(case: Case, report: PruneReport) -> Costs:
     count, length = case.windows
     held_out = held_out_count(count, report.config.held_out)
     job = Job(report.config, count - held_out, held_out, offload=True, solver_steps=round(steps))
-    return costs(outline(case.config, case.dtype, length), job)
+    return job.costs(outline(case.config, case.dtype, length))
 
 
 def _share(case: Case, counted: Costs, report: PruneReport, stage: str) -> float:

@@ -15,7 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from trimfit import PruneConfig
 from trimfit.models.outline import Outline, outline
-from trimfit.pipelines.cost import Job, costs, memory
+from trimfit.pipelines.cost import Job
 from trimfit.pipelines.plan import disk_bytes
 
 WINDOWS, HELD_OUT, LENGTH = 128, 16, 2048
@@ -52,7 +52,7 @@ def main() -> None:
     print("| model | block, GiB | weights, all / offloaded | states, Wanda / joint | work, Wanda / joint | disk |")
     print("|---" * 6 + "|")
     for name, model in outlines.items():
-        wanda, joint = (memory(model, job) for job in jobs.values())
+        wanda, joint = (job.memory(model) for job in jobs.values())
         block = max(block.bytes for block in model.blocks)
         held = (model.bytes, wanda.weights, wanda.states, joint.states, wanda.work, joint.work)
         pairs = [f"{a / 2**30:.3g} / {b / 2**30:.3g}" for a, b in zip(held[::2], held[1::2], strict=True)]
@@ -67,7 +67,7 @@ def main() -> None:
 
 def _operations(model: Outline, job: Job) -> list[str]:
     """Pflop of each kind, and TB."""
-    work = costs(model, job)
+    work = job.costs(model)
     kinds = {kind: sum(parts[kind] for parts in work.values()) for kind in ("model", "float32", "float64", "disk")}
     units = {"disk": 1e12}
     numbers = [amount / units.get(kind, 1e15) for kind, amount in kinds.items()]

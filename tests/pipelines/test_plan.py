@@ -11,7 +11,7 @@ import torch
 
 from trimfit import PruneConfig
 from trimfit.models.outline import BlockOutline, GroupOutline, Outline
-from trimfit.pipelines.cost import Job, costs, memory, seconds
+from trimfit.pipelines.cost import Job, seconds
 from trimfit.pipelines.plan import Capacity, disk_bytes, find_problem, memory_peaks
 
 GIB = 2**30
@@ -29,28 +29,28 @@ def job(fit: int = 6, held_out: int = 2, offload: bool = False, **options: Any) 
 
 def test_forward_passes_by_hand():
     """To the second group, 1000; through the block, 3000, but not through the last; of 8 windows."""
-    assert costs(MODEL, job())["forward"]["model"] == 8 * (2 * 1000 + 3000)
-    dense = costs(MODEL, job(target="dense"))  # two streams; what is added last is seen at the end of the block
+    assert job().costs(MODEL)["forward"]["model"] == 8 * (2 * 1000 + 3000)
+    dense = job(target="dense").costs(MODEL)  # two streams; what is added last is seen at the end of the block
     assert dense["forward"]["model"] == 2 * 8 * (2 * 3000 + 3000) - 8 * 3000  # where the dense one is not seen again
-    assert costs(MODEL, job(capture="block"))["forward"]["model"] == 8 * (2 * 1000 + 3000)
+    assert job(capture="block").costs(MODEL)["forward"]["model"] == 8 * (2 * 1000 + 3000)
 
 
 def test_gram_matrices_by_hand():
     """2n² for each of 64 tokens; for the target dense again for the drift, or 2dn for that of the residual stream."""
-    assert costs(MODEL, job())["gram"]["float32"] == 2 * 2 * 64 * (10**2 + 20**2)
-    dense = costs(MODEL, job(target="dense"))["gram"]["float32"]
+    assert job().costs(MODEL)["gram"]["float32"] == 2 * 2 * 64 * (10**2 + 20**2)
+    dense = job(target="dense").costs(MODEL)["gram"]["float32"]
     assert dense == 2 * 2 * 64 * (2 * 10**2 + 20**2 + 10 * 20)
 
 
 def test_steps_of_the_solver_by_hand():
     """4mn² a step: of 10 rows with 10 inputs, and of 10 with 20, in two blocks. No refit, no steps."""
-    found = costs(MODEL, replace(job(), solver_steps=7))
+    found = replace(job(), solver_steps=7).costs(MODEL)
     assert found["refit"]["float32"] == 7 * 4 * 2 * (10 * 10**2 + 10 * 20**2)
-    assert not costs(MODEL, job(refit="none"))["refit"]
+    assert not job(refit="none").costs(MODEL)["refit"]
 
 
 def test_time_is_work_over_rates():
-    work = costs(MODEL, job())
+    work = job().costs(MODEL)
     rates = dict.fromkeys(("model", "float32", "float64", "memory", "calls", "disk"), 1000.0)
     assert seconds(work, rates)["forward"] == pytest.approx(40.0)
     assert seconds(work, rates | {"model": 4000.0})["forward"] == pytest.approx(10.0)
@@ -59,16 +59,16 @@ def test_time_is_work_over_rates():
 @pytest.mark.parametrize("selector", ["joint", "sparsegpt"])
 def test_better_masks_cost_more(selector: str):
     rates = dict.fromkeys(("model", "float32", "float64", "memory", "calls", "disk"), 1.0)
-    assert seconds(costs(MODEL, job(selector=selector)), rates)["mask"] > seconds(costs(MODEL, job()), rates)["mask"]
+    assert seconds(job(selector=selector).costs(MODEL), rates)["mask"] > seconds(job().costs(MODEL), rates)["mask"]
 
 
 def test_memory_and_disk_by_hand():
-    held = memory(MODEL, job())
+    held = job().memory(MODEL)
     assert (held.weights, held.copy) == (2000, 0)
     assert held.states == 8 * 8 * 10 * 2  # windows, tokens, width, bytes
-    dense = memory(MODEL, job(target="dense"))
+    dense = job(target="dense").memory(MODEL)
     assert (dense.states, dense.copy) == (2 * held.states, 600)
-    assert memory(MODEL, job(offload=True)).weights == 2000 - 600  # one block and what is in none
+    assert job(offload=True).memory(MODEL).weights == 2000 - 600  # one block and what is in none
     layers = 2 * (10 * 10 + 10 * 20)
     assert disk_bytes(MODEL, job(), None) == 2000 + 2 * layers
     assert disk_bytes(MODEL, job(), 1000) == 2000 + 2 * layers + held.states - 1000
@@ -137,7 +137,7 @@ peak = lambda: next(int(line.split()[1]) * 1024 for line in open("/proc/self/sta
 before = peak()
 asked = trimfit.PruneConfig(selector="wanda", batch_size=4)
 trimfit.prune(LlamaForCausalLM(config), torch.randint(99, (16, 64)), asked)
-held = memory(outline(config, torch.float32, 64), Job(asked, 14, 2))
+held = Job(asked, 14, 2).memory(outline(config, torch.float32, 64))
 print(json.dumps([peak() - before, held.weights + held.states + held.copy + held.work]))
 """
 

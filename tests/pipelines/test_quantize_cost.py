@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trimfit import QuantizeConfig, quantize
 from trimfit.models.outline import BlockOutline, GroupOutline, HeadsOutline, Outline, outline
 from trimfit.pipelines.plan import Capacity, disk_bytes, find_problem, memory_peaks
-from trimfit.pipelines.quantize_cost import QuantizeJob, quantize_costs, quantize_memory
+from trimfit.pipelines.quantize_cost import QuantizeJob
 
 GIB = 2**30
 # Two blocks of two groups: 10 inputs for layers of 4 and 6 rows; 20 inputs for one that adds to a stream of width 10.
@@ -34,10 +34,10 @@ def job(windows: int = 0, **options: Any) -> QuantizeJob:
 
 def test_forward_passes_and_gram_matrices_by_hand():
     """To the second group, 1000; through the block, 3000, but not through the last; 2n² for each of 64 tokens."""
-    found = quantize_costs(MODEL, job(windows=8))
+    found = job(windows=8).costs(MODEL)
     assert found["forward"]["model"] == 8 * (2 * 1000 + 3000)
     assert found["gram"]["float32"] == 2 * 2 * 64 * (10**2 + 20**2)
-    assert not quantize_costs(MODEL, job())["forward"]
+    assert not job().costs(MODEL)["forward"]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_products_are_those_of_a_real_run(windows: int, options: dict[str, Any])
     model = LlamaForCausalLM(config).bfloat16()
     asked = QuantizeConfig.model_validate({"group_size": 32, **options})
     tokens = torch.randint(config.vocab_size, (windows, 32)) if windows else None
-    planned = quantize_costs(outline(config, torch.bfloat16, 32), QuantizeJob(asked, windows=windows))
+    planned = QuantizeJob(asked, windows=windows).costs(outline(config, torch.bfloat16, 32))
     counter = FlopCounterMode(display=False)
     with counter:
         quantize(model, asked, tokens)
@@ -69,7 +69,7 @@ def test_more_is_done_for_more():
     """Any rates: nearest costs less than feedback, a pair less than both folds, learning more than closed forms."""
 
     def flops(**options: Any) -> float:
-        work = quantize_costs(MODEL, job(**options))
+        work = job(**options).costs(MODEL)
         return sum(sum(parts.values()) for parts in work.values())
 
     assert flops(transform="none", rounding="nearest") < flops(transform="none") < flops(transform="pairs") < flops()
@@ -88,9 +88,9 @@ def test_disk_by_hand():
 
 
 def test_memory_by_hand():
-    assert quantize_memory(MODEL, job(format="dense")).weights == 2000
-    assert quantize_memory(MODEL, job(offload=True)).weights == 600  # nothing runs, so nothing else is loaded
-    held = quantize_memory(MODEL, job(windows=8, offload=True))
+    assert job(format="dense").memory(MODEL).weights == 2000
+    assert job(offload=True).memory(MODEL).weights == 600  # nothing runs, so nothing else is loaded
+    held = job(windows=8, offload=True).memory(MODEL)
     assert (held.weights, held.states) == (600 + 2000 - 2 * 600, 8 * 8 * 10 * 2)
 
 

@@ -62,9 +62,20 @@ class Job:
         """Of hidden states: the model in work and, for the target dense, the dense model."""
         return 2 if self.config.target == "dense" else 1
 
+    def costs(self, model: Outline) -> Costs:
+        """Operations of each stage of a whole run."""
+        return _costs(model, self)
 
-def costs(model: Outline, job: Job) -> Costs:
-    """Operations of each stage of a whole run."""
+    def memory(self, model: Outline) -> "Memory":
+        """While blocks are pruned."""
+        return _memory(model, self)
+
+    def disk(self, model: Outline) -> int:
+        """Bytes of the output, and of the finished layers beside it (of one block, if offloaded)."""
+        return _disk(model, self)
+
+
+def _costs(model: Outline, job: Job) -> Costs:
     total: Costs = {stage: Counter() for stage in ("allocation", "forward", "gram", "factorisation", "mask", "refit")}
     total |= {"errors": Counter(), "files": Counter(disk=_file_bytes(model, job))}
     for number, block in enumerate(model.blocks):
@@ -175,8 +186,7 @@ def _file_bytes(model: Outline, job: Job) -> int:
     return 5 * model.bytes + (1 + 4 * walks) * in_blocks + in_blocks + 4 * layers
 
 
-def prune_disk(model: Outline, job: Job) -> int:
-    """The output, and the finished layers beside it (of one block, if offloaded)."""
+def _disk(model: Outline, job: Job) -> int:
     weights = [sum(rows * group.inputs for group in block.groups for rows in group.rows) for block in model.blocks]
     beside = max(weights, default=0) if job.offload else sum(weights)
     return model.bytes + beside * model.dtype.itemsize
@@ -202,8 +212,7 @@ class Memory:
     work: float
 
 
-def memory(model: Outline, job: Job) -> Memory:
-    """While blocks are pruned."""
+def _memory(model: Outline, job: Job) -> Memory:
     block = max(model.blocks, key=lambda block: block.bytes).bytes
     inside = sum(block.bytes for block in model.blocks)
     streams = job.streams

@@ -18,10 +18,10 @@ from trimfit.models import Block
 from trimfit.models.outline import Outline, outline
 from trimfit.pipelines.checks import select_losing
 from trimfit.pipelines.config import PruneConfig
-from trimfit.pipelines.cost import Job, Memory, costs, memory, prune_disk, seconds
+from trimfit.pipelines.cost import Job, Memory, seconds
 from trimfit.pipelines.opened import check_text
 from trimfit.pipelines.quantize_config import QuantizeConfig
-from trimfit.pipelines.quantize_cost import QuantizeJob, quantize_costs, quantize_disk, quantize_memory
+from trimfit.pipelines.quantize_cost import QuantizeJob
 from trimfit.pipelines.quantize_save import Format, check_offload, check_result
 from trimfit.pipelines.records import peak_memory
 from trimfit.pipelines.run_start import check_target
@@ -156,7 +156,6 @@ def _check(source: str, target: Target) -> None:
 def _plan(source: str, model: Outline, job: AnyJob, target: Target) -> Plan:
     room, limit = capacity(target.device, target.folder), target.memory_limit
     throughput = measure_throughput(target.device, model.dtype)
-    work = quantize_costs(model, job) if isinstance(job, QuantizeJob) else costs(model, job)
     return Plan(
         source=source,
         device=str(target.device),
@@ -173,7 +172,7 @@ def _plan(source: str, model: Outline, job: AnyJob, target: Target) -> Plan:
         peaks=memory_peaks(model, job, limit, room),
         host_total=room.host,
         device_total=room.device or 0,
-        seconds={stage: time for stage, time in seconds(work, throughput.model_dump()).items() if time},
+        seconds={stage: time for stage, time in seconds(job.costs(model), throughput.model_dump()).items() if time},
         throughput=throughput,
         problem=find_problem(model, job, limit, room),
     )
@@ -181,7 +180,7 @@ def _plan(source: str, model: Outline, job: AnyJob, target: Target) -> Plan:
 
 def memory_peaks(model: Outline, job: AnyJob, limit: int | None, room: Capacity) -> list[Peak]:
     """By stage; the largest is what is needed."""
-    held = _memory(model, job)
+    held = job.memory(model)
     states = held.states if limit is None else min(held.states, limit)
     tensor = model.vocabulary * model.hidden * model.dtype.itemsize  # the largest, read again to be verified
     opened = tensor + held.weights if job.offload else model.bytes
@@ -198,10 +197,6 @@ def memory_peaks(model: Outline, job: AnyJob, limit: int | None, room: Capacity)
     return [Peak(stage=name, host=int(room.base + h), device=int(d)) for name, (h, d) in stages.items()]
 
 
-def _memory(model: Outline, job: AnyJob) -> Memory:
-    return quantize_memory(model, job) if isinstance(job, QuantizeJob) else memory(model, job)
-
-
 def _blocks(held: Memory, states: float, job: AnyJob) -> tuple[float, float]:
     """Bytes on the host and on a device apart from it: hidden states wait on the device unless the model is offloaded.
 
@@ -213,9 +208,8 @@ def _blocks(held: Memory, states: float, job: AnyJob) -> tuple[float, float]:
 
 def disk_bytes(model: Outline, job: AnyJob, limit: int | None) -> int:
     """The output, what is finished of it beside it, and hidden states above the limit."""
-    spilled = 0.0 if limit is None else max(0.0, _memory(model, job).states - limit)
-    written = quantize_disk(model, job) if isinstance(job, QuantizeJob) else prune_disk(model, job)
-    return int(written + spilled)
+    spilled = 0.0 if limit is None else max(0.0, job.memory(model).states - limit)
+    return int(job.disk(model) + spilled)
 
 
 def capacity(device: torch.device, folder: Path) -> Capacity:

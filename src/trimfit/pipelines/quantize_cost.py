@@ -63,9 +63,20 @@ class QuantizeJob:
         group = self.config.grid.fitted(width).group_size
         return width if self.windows or group is None else min(width, max(1, RUN // group) * group)
 
+    def costs(self, model: Outline) -> Costs:
+        """Operations of each stage of a whole run."""
+        return _costs(model, self)
 
-def quantize_costs(model: Outline, job: QuantizeJob) -> Costs:
-    """Operations of each stage of a whole run."""
+    def memory(self, model: Outline) -> Memory:
+        """While blocks are quantized."""
+        return _memory(model, self)
+
+    def disk(self, model: Outline) -> int:
+        """Bytes of the result, and until it is finished of the blocks."""
+        return _disk(model, self)
+
+
+def _costs(model: Outline, job: QuantizeJob) -> Costs:
     stages = ("forward", "gram", "folds", "transforms", "factorisation", "rounding", "pairs", "packing")
     total: Costs = {stage: Counter() for stage in stages}
     total |= {"files": Counter(disk=_file_bytes(model, job))}
@@ -206,13 +217,11 @@ def _file_bytes(model: Outline, job: QuantizeJob) -> int:
     return opened + 3 * _part_bytes(model, job) + 4 * _result_bytes(model, job)
 
 
-def quantize_disk(model: Outline, job: QuantizeJob) -> int:
-    """The result, and until it is finished the blocks."""
+def _disk(model: Outline, job: QuantizeJob) -> int:
     return _result_bytes(model, job) + _part_bytes(model, job)
 
 
-def quantize_memory(model: Outline, job: QuantizeJob) -> Memory:
-    """While blocks are quantized."""
+def _memory(model: Outline, job: QuantizeJob) -> Memory:
     block = max((block.bytes for block in model.blocks), default=0)
     outside = model.bytes - sum(block.bytes for block in model.blocks) if job.windows else 0
     states = job.windows * model.length * model.hidden * model.dtype.itemsize

@@ -176,6 +176,7 @@ def main() -> None:
     options.add_argument("--bits", type=int, nargs="*", default=[3, 4])
     options.add_argument("--groups", nargs="*", default=["64"])
     options.add_argument("--set", choices=SETS, default="peers")
+    options.add_argument("--methods", nargs="*", help="rows of the table; all of the set if left out")
     arguments = options.parse_args()
     bench = Bench(arguments, float32=True)
     divergence = Divergence(bench)
@@ -226,7 +227,8 @@ def main() -> None:
 def _grid(arguments: argparse.Namespace) -> Iterator[tuple[str, int, str, int]]:
     for group in arguments.groups:
         for bits in arguments.bits:
-            for name, (_, data) in SETS[arguments.set].items():
+            for name in arguments.methods or SETS[arguments.set]:
+                _, data = SETS[arguments.set][name]
                 for seed in range(arguments.seeds if data else 1):
                     yield name, bits, group, seed
 

@@ -1,5 +1,6 @@
 """What several rooms need. Being here also puts `families` on the path."""
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from trimfit.refit import FactoredGram
+
+# Tests run side by side, and so do the processes that they start.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

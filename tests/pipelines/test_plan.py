@@ -128,7 +128,7 @@ import json, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 import trimfit
 from trimfit.models.outline import outline
-from trimfit.pipelines.cost import Job, memory
+from trimfit.pipelines.cost import Job
 config = LlamaConfig(hidden_size=512, intermediate_size=1536, num_hidden_layers=1, num_attention_heads=4, vocab_size=99)
 trimfit.prune(LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1,
     num_attention_heads=4, vocab_size=99)), torch.randint(99, (4, 16)), trimfit.PruneConfig(selector="wanda"))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from trimfit.calibration import standard_library
 
@@ -63,11 +63,11 @@ def build_model(bos: int) -> LlamaForCausalLM:
     )
 
 
-def learning_rate(step: int) -> float:
+def learning_rate(step: int, steps: int) -> float:
     """Linear warm-up, then a cosine down to a twentieth."""
     if step < WARMUP:
         return PEAK_LEARNING_RATE * (step + 1) / WARMUP
-    progress = (step - WARMUP) / (STEPS - WARMUP)
+    progress = (step - WARMUP) / (steps - WARMUP)
     return PEAK_LEARNING_RATE * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
@@ -83,30 +83,26 @@ def batches(tokens: torch.Tensor, bos: int, generator: torch.Generator) -> Itera
                 yield torch.cat([torch.full((BATCH, 1), bos), windows[rows]], dim=1)
 
 
-def main(out: Path, seed: int) -> None:
-    torch.manual_seed(seed)
-    texts = [path.read_text(encoding="utf-8", errors="replace") for path in standard_library.training_files()]
-    tokenizer = train_tokenizer(texts)
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[torch.Tensor, int]:
+    """All tokens of the texts in a row, and the one that begins each of them."""
     bos = tokenizer.convert_tokens_to_ids(DOCUMENT)
     assert isinstance(bos, int)
-    tokens = torch.tensor([token for ids in tokenizer(texts)["input_ids"] for token in ids])
-    print(
-        f"{standard_library.describe()}: {len(texts)} files, {sum(map(len, texts)):,} characters, "
-        f"{len(tokens):,} tokens"
-    )
+    return torch.tensor([token for ids in tokenizer(texts)["input_ids"] for token in ids]), bos
 
-    model = build_model(bos)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {STEPS} steps of {BATCH * CONTEXT} tokens")
+
+def train(model: PreTrainedModel, tokens: torch.Tensor, bos: int, seed: int, steps: int) -> None:
+    """In place, in bfloat16 where that serves; says how it goes."""
     decayed = [p for p in model.parameters() if p.dim() == 2]
     free = [p for p in model.parameters() if p.dim() != 2]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": free, "weight_decay": 0.0}], betas=(0.9, 0.95)
     )
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps of {BATCH * CONTEXT} tokens")
     stream = batches(tokens, bos, torch.Generator().manual_seed(seed))
     start, average = time.perf_counter(), None
-    for step in range(STEPS):
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
+            group["lr"] = learning_rate(step, steps)
         windows = next(stream)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=windows, labels=windows).loss
@@ -115,8 +111,21 @@ def main(out: Path, seed: int) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average = loss.item() if average is None else 0.95 * average + 0.05 * loss.item()
-        if step % 50 == 0 or step == STEPS - 1:
+        if step % 50 == 0 or step == steps - 1:
             print(f"step {step:5d}  loss {average:.3f}  {time.perf_counter() - start:6.0f} s", flush=True)
+
+
+def main(out: Path, seed: int) -> None:
+    torch.manual_seed(seed)
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in standard_library.training_files()]
+    tokenizer = train_tokenizer(texts)
+    tokens, bos = encode(tokenizer, texts)
+    print(
+        f"{standard_library.describe()}: {len(texts)} files, {sum(map(len, texts)):,} characters, "
+        f"{len(tokens):,} tokens"
+    )
+    model = build_model(bos)
+    train(model, tokens, bos, seed, STEPS)
 
     out.mkdir(parents=True, exist_ok=True)
     model.bfloat16().save_pretrained(out)

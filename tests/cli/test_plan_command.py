@@ -151,6 +151,23 @@ def test_what_quantize_refuses_its_plan_refuses(
     assert planned == run
 
 
+@pytest.mark.parametrize("command", ["prune", "quantize"])
+@pytest.mark.parametrize(("name", "content"), [("none.txt", None), ("some.jsonl", b"{}"), ("ids.npy", b"no ids")])
+def test_text_that_the_run_refuses_its_plan_refuses(
+    here: Callable[..., Outcome], tiny: Path, tmp_path: Path, command: str, name: str, content: bytes | None
+):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    words = (command, tiny, "-o", tmp_path / "out", "--calibration", tmp_path / name)
+    planned = here(*words, "--plan")
+    assert planned == here(*words)
+    assert is_one_sentence(planned) and name in planned.stderr
+
+
+def test_text_on_the_hub_is_not_asked_for_by_a_plan(here: Callable[..., Outcome], tiny: Path):
+    assert here("plan", tiny, "--calibration", "organisation/data").status == 0
+
+
 @pytest.mark.parametrize(
     ("family", "options", "expected", "remedy"),
     [

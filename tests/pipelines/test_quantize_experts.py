@@ -205,7 +205,7 @@ def test_experts_have_their_own_grid_among_several(tmp_path: Path):
         (
             "qwen3_moe",
             {"group_size": 16},
-            r"one group size, but that of .* is 16 and that of .* the whole row: give a --group-size",
+            r"one group size, but that of .* is 16 and that of .* the whole row: give a smaller --group-size",
         ),
     ],
 )

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from trimfit.calibration.self_sampling import AT_ONCE, SelfSample, sample_from_model
-from trimfit.calibration.sources import read_documents, read_token_ids
+from trimfit.calibration.sources import is_on_hub, read_documents, read_token_ids
 from trimfit.calibration.standard_library import CALIBRATION, read_modules
 from trimfit.calibration.windows import (
     added_tokens,
@@ -52,9 +52,8 @@ class CalibrationConfig(BaseModel):
         if sample is not None:
             return sample.windows
         length = window_length(self.sequence_length, model.config)
-        if Path(self.source).suffix in (".npy", ".safetensors"):
-            ids = read_token_ids(self.source)
-            return windows_from_ids(ids, samples=self.samples, length=length, seed=self.seed)
+        if self._is_ids:
+            return self._from_ids(length)
         documents = encode_documents(tokenizer, self.documents())
         bos = added_tokens(tokenizer).bos
         return sample_windows(documents, samples=self.samples, length=length, seed=self.seed, bos=bos)
@@ -72,6 +71,23 @@ class CalibrationConfig(BaseModel):
         return sample_from_model(
             model, tokenizer, samples=self.samples, length=length, seed=self.seed, batch_size=batch_size
         )
+
+    def check_files(self, length: int) -> None:
+        """Raises `InputError` for a file that `windows` cannot use for windows of `length` tokens.
+
+        Needs neither model nor tokenizer, so whether a text is long enough is not seen; the hub is not asked.
+        """
+        if self._is_ids:
+            self._from_ids(length)
+        elif self.source not in (DEMO, SELF) and not is_on_hub(self.source):
+            self.documents()
+
+    @property
+    def _is_ids(self) -> bool:
+        return Path(self.source).suffix in (".npy", ".safetensors")
+
+    def _from_ids(self, length: int) -> Tensor:
+        return windows_from_ids(read_token_ids(self.source), samples=self.samples, length=length, seed=self.seed)
 
     def documents(self) -> list[str]:
         """The texts of the source, which must not be "self" or token ids."""

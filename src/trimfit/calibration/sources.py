@@ -50,7 +50,7 @@ def read_documents(source: str, *, field: str = "text", split: str = "train", li
     if os.path.exists(path):
         data = _read_bytes(path)
         documents = _json_documents(path, data, field) if _is_json_lines(path) else _text_documents(_decode(path, data))
-    elif hub := None if _looks_like_path(source) else _HUB_NAME.fullmatch(source):
+    elif hub := _hub_name(source):
         documents = _hub_documents(hub["name"], hub["config"], field, split, limit)
     else:
         raise InputError(f"no such file: {_shortened(source)}; give a UTF-8 text file, a .jsonl file or a hub dataset")
@@ -80,6 +80,15 @@ def read_token_ids(path: str | Path) -> Tensor:
     ids = reader(path)
     _check_ids_array(path, ids)
     return torch.as_tensor(ids.astype(np.int64))
+
+
+def is_on_hub(source: str) -> bool:
+    """Whether `read_documents` would look for the source on the hub: it is no file, and does not look like one."""
+    return not os.path.exists(os.path.expanduser(source)) and _hub_name(source) is not None
+
+
+def _hub_name(source: str) -> re.Match[str] | None:
+    return None if _looks_like_path(source) else _HUB_NAME.fullmatch(source)
 
 
 def _is_json_lines(path: Path) -> bool:

@@ -84,5 +84,6 @@ def check_experts(experts: Collection[str], layers: Mapping[str, Grid], *, onlin
         (size, name), (other_size, other), *_ = sizes.items()
         raise InputError(
             f"packed experts have one group size, but that of {name} is {size or 'the whole row'} and that of {other} "
-            f"{other_size or 'the whole row'}: give a --group-size that divides the inputs of both, or --format dense"
+            f"{other_size or 'the whole row'}: give a smaller --group-size that divides the inputs of both, or "
+            "--format dense"
         )

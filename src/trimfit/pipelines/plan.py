@@ -108,7 +108,7 @@ class Target:
 def plan_prune(source: str, config: PruneConfig, calibration: CalibrationConfig, target: Target) -> Plan:
     """Plans `prune_checkpoint` with the same arguments, from config and headers of the weights alone.
 
-    Raises `InputError` for a model that cannot be pruned, and for an `out` that may not be written.
+    Raises `InputError` for a model that cannot be pruned, an `out` that may not be written, and a text that is not one.
     """
     _check(source, target)
     if target.offload:
@@ -120,6 +120,7 @@ def plan_prune(source: str, config: PruneConfig, calibration: CalibrationConfig,
         select_losing(model, blocks, config)
 
     model = outline(model_config, dtype, length, config.ignore, check)
+    calibration.check_files(length)
     held_out = held_out_count(calibration.samples, config.held_out)
     fit = calibration.samples - held_out
     job = Job(config, fit, held_out, target.offload, may_offload=calibration.source != SELF)
@@ -142,6 +143,8 @@ def plan_quantize(
         check_result(model, tokenizer, blocks, format, config)
 
     model = outline(model_config, dtype, length, config.ignore, check)
+    if calibration is not None:
+        calibration.check_files(length)
     by_block = target.offload or (format == "packed" and calibration is None)
     may_offload = format != "gguf" and (calibration is None or calibration.source != SELF)
     windows = 0 if calibration is None else calibration.samples

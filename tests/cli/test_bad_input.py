@@ -1,5 +1,6 @@
 """Wrong input: one sentence, the right exit status, nothing left behind."""
 
+import logging
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from trimfit import QuantizeConfig, quantize_checkpoint
+from trimfit.cli import show
 
 Here = Callable[..., Outcome]
 CPU = torch.device("cpu")
@@ -325,3 +327,9 @@ def test_errors_of_others_are_one_sentence_too(
         assert word in sentence
         assert "second line" not in outcome.stderr
         assert nothing_but(tmp_path)
+
+
+def test_attempts_to_reach_the_hub_are_not_told():
+    """Without a network each of them would be a warning, before the one sentence."""
+    show.quiet_libraries()
+    assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)

@@ -58,7 +58,7 @@ def test_what_cannot_fit_is_refused(here: Callable[..., Outcome], tiny: Path, mo
     monkeypatch.setattr(planning, "capacity", lambda *arguments: Capacity(2**40, None, 2**12, 0))
     outcome = here("plan", tiny)
     assert outcome.status == 2 and is_one_sentence(outcome)
-    assert "of disk space" in outcome.stderr and "14 layers" in outcome.stdout
+    assert "of disk space but there are 4.0 KiB" in outcome.stderr and "14 layers" in outcome.stdout
 
 
 @pytest.mark.parametrize("output", ["missing/out", "there", "theirs", "file", "a" * 210])

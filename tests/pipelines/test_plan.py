@@ -105,7 +105,7 @@ LARGE = Outline(
         (400, 20, 400, "of device memory but there are 20.0 GiB: give --offload"),
         (12, None, 400, "give --offload --memory-limit 1.5GiB"),
         (8, None, 400, "no option would change that"),
-        (400, None, 50, "of disk space but there are 50.0 GiB, and no option"),
+        (400, None, 50, "of disk space but there are 50.0 GiB, and no option would change that: free space"),
     ],
 )
 def test_what_cannot_fit_is_told_with_what_would(host: int, device: int | None, disk: int, expected: str | None):

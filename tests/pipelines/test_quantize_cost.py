@@ -78,13 +78,17 @@ def test_more_is_done_for_more():
 
 
 def test_disk_by_hand():
-    """The result, a byte for each weight of a finished block, and without data its float32 second moment."""
-    packed = 2000 - 2 * WEIGHTS + WEIGHTS * 3 // 8
-    assert disk_bytes(MODEL, job(bits=3), None) == packed + WEIGHTS + 2 * 4 * 10**2
-    assert disk_bytes(MODEL, job(bits=3, windows=8), None) == packed + WEIGHTS
-    assert disk_bytes(MODEL, job(format="dense", windows=8), None) == 2000 + WEIGHTS
+    """Parts: a byte for each weight, a scale and a zero point for each of 40 rows, without data a second moment.
+
+    A packed result, with scales, is there twice while its last file is written.
+    """
+    packed, parts = 2000 - 2 * WEIGHTS + WEIGHTS * 3 // 8 + 2 * 40, WEIGHTS + 3 * 40
+    assert disk_bytes(MODEL, job(bits=3), None) == 2 * packed + parts + 2 * 4 * 10**2
+    assert disk_bytes(MODEL, job(bits=3, windows=8), None) == 2 * packed + parts
+    assert disk_bytes(MODEL, job(bits=3, windows=8, group_size=5), None) == 2 * packed + parts + 7 * 80
+    assert disk_bytes(MODEL, job(format="dense", windows=8), None) == 2000 + parts
     states = 8 * 8 * 10 * 2
-    assert disk_bytes(MODEL, job(format="dense", windows=8), 1000) == 2000 + WEIGHTS + states - 1000
+    assert disk_bytes(MODEL, job(format="dense", windows=8), 1000) == 2000 + parts + states - 1000
 
 
 def test_memory_by_hand():

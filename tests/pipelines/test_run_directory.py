@@ -210,8 +210,11 @@ def test_what_differs_is_named_and_nothing_is_touched(source: Path, run: Path) -
     with pytest.raises(InputError, match=r"differs in config\.selector \(was wanda, is magnitude\)"):
         start(source, config=CONFIG.model_copy(update={"selector": "magnitude"}))
     numpy.save(source.parent / "tokens.npy", windows(12, seed=5).numpy())
-    with pytest.raises(InputError, match=r"the calibration windows are not those with which the run in .* began"):
+    with pytest.raises(
+        InputError, match=r"the calibration windows are not those with which the run in .* began"
+    ) as other:
         resume(source.parent / "out")
+    assert not hasattr(other.value, "__notes__")  # the same command does not go on
     FAMILIES["llama"].build(seed=1).save_pretrained(source, max_shard_size=20_000)
     with pytest.raises(InputError, match=r"differs in model \(was"):
         start(source)
@@ -233,6 +236,17 @@ def test_nothing_stays_of_a_run_that_came_to_nothing(source: Path) -> None:
     with pytest.raises(_Killed):
         start(source, after=1)
     assert not (source.parent / "out.run").exists()
+
+
+def test_a_run_killed_at_once_leaves_nothing_to_a_refused_one(source: Path) -> None:
+    run = source.parent / "out.run"
+    run.mkdir()
+    (run / "journal.lock").touch()
+    with pytest.raises(InputError, match=r"out\.run does not tell what to do; give the command of the run again"):
+        resume(source.parent / "out")
+    with pytest.raises(InputError, match="matches no linear layer"):
+        start(source, config=CONFIG.model_copy(update={"ignore": ("nothing",)}))
+    assert not run.exists()
 
 
 def test_something_else_in_the_way(source: Path) -> None:

@@ -25,11 +25,13 @@ from trimfit.pipelines.evaluate_checkpoint import Evaluation
 
 def quiet_libraries() -> None:
     """Silences the progress bars and notes of the libraries underneath; trimfit shows its own."""
+    from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
     _hide_bars()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    hub.set_verbosity_error()  # it tells of each attempt to reach the hub
     warnings.filterwarnings("ignore")
 
 

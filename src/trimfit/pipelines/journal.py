@@ -97,6 +97,7 @@ class Journal:
 
 
 _CHECKSUM = "crc32"
+_MOST = 8  # differences that are told
 
 
 def _checksum(record: Mapping[str, Any]) -> str:
@@ -106,7 +107,10 @@ def _checksum(record: Mapping[str, Any]) -> str:
 def _check_same(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
     if names:
-        changes = ", ".join(f"{name} (was {_short(was.get(name))}, is {_short(now.get(name))})" for name in names)
+        changes = ", ".join(
+            f"{name} (was {_short(was.get(name))}, is {_short(now.get(name))})" for name in names[:_MOST]
+        )
+        changes += f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
         raise InputError(
             f"{path} is of another run, which differs in {changes}; choose another output, or remove it to begin again"
         )

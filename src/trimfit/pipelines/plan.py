@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ByteSize, ConfigDict
 from transformers import PreTrainedModel
 
 from trimfit.calibration import CalibrationConfig, held_out_count, window_length
@@ -28,6 +28,7 @@ from trimfit.pipelines.run_start import check_target
 from trimfit.throughput import Throughput, measure_throughput
 
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
+_DISK = "disk space"
 _LEAST_LIMIT = 2**28  # of hidden states, that a remedy names
 
 AnyJob = Job | QuantizeJob
@@ -232,7 +233,8 @@ def find_problem(model: Outline, job: AnyJob, limit: int | None, room: Capacity)
     for option, (other, other_limit) in _remedies(model, job, limit, room).items():
         if _lack(model, other, other_limit, room) is None:
             return f"{lack}: {option}"
-    return f"{lack}, and no option would change that: take a larger machine"
+    where = "free space there or choose another output" if _DISK in lack else "take a larger machine"
+    return f"{lack}, and no option would change that: {where}"
 
 
 def _lack(model: Outline, job: AnyJob, limit: int | None, room: Capacity) -> str | None:
@@ -240,11 +242,12 @@ def _lack(model: Outline, job: AnyJob, limit: int | None, room: Capacity) -> str
     needs: Mapping[str, tuple[int, int | None]] = {
         "memory": (max(peak.host for peak in peaks), room.host),
         "device memory": (max(peak.device for peak in peaks), room.device),
-        "disk space": (disk_bytes(model, job, limit), room.disk),
+        _DISK: (disk_bytes(model, job, limit), room.disk),
     }
     for kind, (needed, there) in needs.items():
         if there is not None and needed > there:
-            return f"the run needs {needed / 2**30:.1f} GiB of {kind} but there are {there / 2**30:.1f} GiB"
+            wanted, found = (ByteSize(size).human_readable(separator=" ") for size in (needed, there))
+            return f"the run needs {wanted} of {kind} but there are {found}"
     return None
 
 

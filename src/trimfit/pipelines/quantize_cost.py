@@ -13,6 +13,7 @@ from trimfit.models.outline import BlockOutline, GroupOutline, Outline
 from trimfit.pipelines.cost import Costs, Memory
 from trimfit.pipelines.quantize_block import RUN
 from trimfit.pipelines.quantize_config import QuantizeConfig
+from trimfit.pipelines.quantize_disk import QuantizeDisk
 from trimfit.pipelines.quantize_save import Format
 from trimfit.quant.blocks import block_size
 from trimfit.quant.learned import ROWS
@@ -73,7 +74,7 @@ class QuantizeJob:
 
     def disk(self, model: Outline) -> int:
         """Bytes of the result, and until it is finished of the blocks."""
-        return _disk(model, self)
+        return _disk(model, self).peak
 
 
 def _costs(model: Outline, job: QuantizeJob) -> Costs:
@@ -198,27 +199,19 @@ def _transforms(group: GroupOutline, config: QuantizeConfig) -> Counter[str]:
     )
 
 
-def _result_bytes(model: Outline, job: QuantizeJob) -> int:
-    """Of the weights that are written, without scales."""
-    if job.format == "dense":
-        return model.bytes
-    return model.bytes - model.weights * model.dtype.itemsize + model.weights * job.config.bits // 8
-
-
-def _part_bytes(model: Outline, job: QuantizeJob) -> int:
-    """Of finished blocks in the run directory: a byte for each weight, and what the next block begins with."""
-    return model.weights + (0 if job.windows else 4 * model.hidden**2 * len(model.blocks))
-
-
 def _file_bytes(model: Outline, job: QuantizeJob) -> int:
     """Read, hashed or written: the model when it is opened, its blocks again, the parts, and the result."""
     in_blocks = sum(block.bytes for block in model.blocks)
     opened = 2 * model.bytes + ((4 if job.windows else 1) * in_blocks if job.offload else 0)
-    return opened + 3 * _part_bytes(model, job) + 4 * _result_bytes(model, job)
+    disk = _disk(model, job)
+    return opened + 3 * disk.parts + 4 * disk.result
 
 
-def _disk(model: Outline, job: QuantizeJob) -> int:
-    return _result_bytes(model, job) + _part_bytes(model, job)
+def _disk(model: Outline, job: QuantizeJob) -> QuantizeDisk:
+    layers = [(rows, group.inputs) for block in model.blocks for group in block.groups for rows in group.rows]
+    in_blocks = sum(block.bytes for block in model.blocks)
+    moments = 0 if job.windows else 4 * model.hidden**2 * len(model.blocks)
+    return QuantizeDisk(layers, model.bytes, in_blocks, model.dtype.itemsize, moments, job.config, job.format)
 
 
 def _memory(model: Outline, job: QuantizeJob) -> Memory:

@@ -19,6 +19,7 @@ from trimfit.pipelines.checkpoint_record import CheckpointRecord
 from trimfit.pipelines.checks import check_stream
 from trimfit.pipelines.opened import InMemory, Offloaded, check_text
 from trimfit.pipelines.quantize_config import QuantizeConfig
+from trimfit.pipelines.quantize_disk import QuantizeDisk
 from trimfit.pipelines.quantize_ledger import KeptBlocks
 from trimfit.pipelines.quantize_records import QuantizeReport
 from trimfit.quant import Grid
@@ -110,13 +111,13 @@ class Result:
         return found
 
     def disk(self, *, data: bool) -> int:
-        """Bytes that a run writes: the result and, until it is finished, the blocks, without data with moments."""
-        layers = [layer.weight for block in self.blocks for layer in block.layers]
-        codes = sum(weight.numel() for weight in layers)  # a byte each while they wait
-        whole = sum(parameter.nbytes for parameter in self._model.parameters())
-        packed = whole - sum(weight.nbytes for weight in layers) + codes * self.config.bits // 8
+        """Bytes that a run has on the disk at one time: the result and, until it is finished, the blocks."""
+        layers = [tuple(layer.weight.shape) for block in self.blocks for layer in block.layers]
+        inside = [parameter for block in self.blocks for parameter in block.module.parameters()]
+        whole, in_blocks = (sum(one.nbytes for one in some) for some in (self._model.parameters(), inside))
         width = 0 if data else self._model.config.get_text_config(decoder=True).hidden_size
-        return (whole if self.format == "dense" else packed) + codes + 4 * width**2 * len(self.blocks)
+        moments, itemsize = 4 * width**2 * len(self.blocks), self._model.dtype.itemsize
+        return QuantizeDisk(layers, whole, in_blocks, itemsize, moments, self.config, self.format).peak
 
     def save(self, directory: Path, kept: KeptBlocks, record: QuantizeRecord) -> None:
         """Writes it with its records. Errors are those of the writers."""

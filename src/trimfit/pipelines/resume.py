@@ -121,6 +121,8 @@ def _look(out: Path) -> tuple[dict[str, Any] | None, Resumed | None]:
         kind = PruneReport if _is_of(finished, PruneReport) else QuantizeReport
         report = kind.model_validate({name: finished[name] for name in kind.model_fields})
         return None, Resumed(out, _calibration(finished), report, finished.get("file_format", "dense"))
+    if request is None and run_path(out).is_dir():
+        raise InputError(f"{run_path(out)} does not tell what to do; give the command of the run again, which goes on")
     if request is None:
         raise InputError(f"there is no run to go on with: neither {out} nor {run_path(out)} is one of trimfit")
     return request, None

@@ -89,7 +89,7 @@ class RunDirectory:
         self._journal = Journal(self.path / _JOURNAL)
         self._costly = False  # whether a note is
         self._windows: dict[str, Any] | None = None
-        self._is_new = not self.path.exists()
+        self._is_new = not self._journal.path.exists() and not (self.path / REQUEST).exists()
         self._opened = False
 
     @property
@@ -174,6 +174,7 @@ class RunDirectory:
             self._journal.append(record)
             self._windows = record
         elif digest(windows) != kept["tokens"]:
+            self._opened = False  # it is another run's
             raise InputError(
                 f"the calibration windows are not those with which the run in {self.path} began, so their text has "
                 "changed; remove that directory to begin again"

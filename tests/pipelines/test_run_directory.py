@@ -136,6 +136,30 @@ def flip_in_result(source: Path, name: str) -> None:
     file.write_bytes(data)
 
 
+def test_killed_while_the_new_output_takes_the_place_of_the_old(source: Path, run: Path) -> None:
+    """The old one is in the run directory then, and out comes back from there, whole, whatever happens next."""
+    out = source.parent / "out"
+    (out / "sub").mkdir(parents=True)
+    (out / "trimfit.json").write_text("{}")
+    out.rename(run / "result.old")
+    with pytest.raises(InputError, match="exists already"):
+        start(source)
+    assert (out / "trimfit.json").read_text() == "{}" and run.exists()
+    out.rename(run / "result.old")
+    start(source, overwrite=True)
+    assert_as_if_nothing_had_happened(source)
+
+
+def test_killed_when_the_new_output_had_taken_the_place_of_the_old(source: Path) -> None:
+    report, run = start(source), source.parent / "out.run"
+    (run / "result.old").mkdir(parents=True)
+    (run / "result.old" / "trimfit.json").write_text("{}")
+    finished = json.loads((source.parent / "out" / "trimfit.json").read_text())
+    (run / "run.json").write_text(json.dumps({"run": finished["run"]}))
+    assert resume(source.parent / "out").report == report
+    assert_as_if_nothing_had_happened(source)
+
+
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
 def test_what_changed_in_the_result_is_never_used(source: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Pruned or not: it is seen before the result is given its name, and the next run mends it."""

@@ -84,7 +84,7 @@ def _replace(beside: Path, out: Path) -> None:
     if not out.exists():
         beside.rename(out)
         return
-    old = beside.with_suffix(".old")
+    old = old_beside(beside)
     try:
         out.rename(old)
         beside.rename(out)
@@ -93,6 +93,20 @@ def _replace(beside: Path, out: Path) -> None:
             old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def old_beside(beside: Path) -> Path:
+    """Where an old output is while the new one, which was written to `beside`, takes its place."""
+    return beside.with_suffix(".old")
+
+
+def put_back(beside: Path, out: Path) -> None:
+    """Ends what a kill has cut short: an old output that had stepped aside is `out` again, unless the new one is."""
+    old = old_beside(beside)
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        old.rename(out)
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trimfit.calibration import SelfSample
 from trimfit.checkpoints import is_disk_full, rename_durably, write_durably
+from trimfit.checkpoints.atomic import old_beside, put_back
 from trimfit.checkpoints.patch import Checksums
 from trimfit.checkpoints.shards import tensor_checksum
 from trimfit.errors import InputError, RunError
@@ -32,7 +33,8 @@ _RESULT = "result"
 _WHOLE = "whole"
 _MARKS = {REQUEST, _JOURNAL, Path(_JOURNAL).with_suffix(".lock").name}
 _LEFT_OVER = ("states-*", "*.tmp")  # by a run that was killed
-_OURS = (*_MARKS, *_LEFT_OVER, _WINDOWS, _RESULT, _WHOLE, "part-*.safetensors")
+_OLD = tuple(old_beside(Path(name)).name for name in (_RESULT, _WHOLE))  # outputs, while they are replaced
+_OURS = (*_MARKS, *_LEFT_OVER, *_OLD, _WINDOWS, _RESULT, _WHOLE, "part-*.safetensors")
 
 
 def run_path(out: Path) -> Path:
@@ -111,6 +113,8 @@ class RunDirectory:
     def __enter__(self) -> Self:
         check_run_path(self._out)
         self._journal.__enter__()
+        for beside in (self.result, self.whole):
+            put_back(beside, self._out)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:

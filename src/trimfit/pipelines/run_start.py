@@ -15,7 +15,9 @@ from trimfit.ranks import Ranks
 def enter_run(stack: ExitStack, source: str, out: Path, overwrite: bool, request: Mapping[str, Any]) -> RunDirectory:
     """The run directory, when `out` can be written."""
     check_target(source, out, overwrite)
-    return stack.enter_context(RunDirectory(out, request))
+    run = stack.enter_context(RunDirectory(out, request))
+    check_target(source, out, overwrite)  # an old output that a killed run had moved is back
+    return run
 
 
 def check_target(source: str, out: Path, overwrite: bool) -> None:

@@ -112,7 +112,7 @@ class Result:
 
     def disk(self, *, data: bool) -> int:
         """Bytes that a run has on the disk at one time: the result and, until it is finished, the blocks."""
-        layers = [tuple(layer.weight.shape) for block in self.blocks for layer in block.layers]
+        layers = [(len(layer.weight), layer.weight.shape[1]) for block in self.blocks for layer in block.layers]
         inside = [parameter for block in self.blocks for parameter in block.module.parameters()]
         whole, in_blocks = (sum(one.nbytes for one in some) for some in (self._model.parameters(), inside))
         width = 0 if data else self._model.config.get_text_config(decoder=True).hidden_size

@@ -80,12 +80,12 @@ def test_more_is_done_for_more():
 def test_disk_by_hand():
     """Parts: a byte for each weight, a scale and a zero point for each of 40 rows, without data a second moment.
 
-    A packed result, with scales, is there twice while its last file is written.
+    A packed result has its scales too.
     """
     packed, parts = 2000 - 2 * WEIGHTS + WEIGHTS * 3 // 8 + 2 * 40, WEIGHTS + 3 * 40
-    assert disk_bytes(MODEL, job(bits=3), None) == 2 * packed + parts + 2 * 4 * 10**2
-    assert disk_bytes(MODEL, job(bits=3, windows=8), None) == 2 * packed + parts
-    assert disk_bytes(MODEL, job(bits=3, windows=8, group_size=5), None) == 2 * packed + parts + 7 * 80
+    assert disk_bytes(MODEL, job(bits=3), None) == packed + parts + 2 * 4 * 10**2
+    assert disk_bytes(MODEL, job(bits=3, windows=8), None) == packed + parts
+    assert disk_bytes(MODEL, job(bits=3, windows=8, group_size=5), None) == packed + parts + 7 * 80
     assert disk_bytes(MODEL, job(format="dense", windows=8), None) == 2000 + parts
     states = 8 * 8 * 10 * 2
     assert disk_bytes(MODEL, job(format="dense", windows=8), 1000) == 2000 + parts + states - 1000

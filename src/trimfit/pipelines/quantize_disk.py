@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trimfit.checkpoints.shard_writer import SHARD_BYTES
 from trimfit.pipelines.quantize_config import QuantizeConfig
 
 if TYPE_CHECKING:
@@ -44,8 +43,8 @@ class QuantizeDisk:
 
     @property
     def peak(self) -> int:
-        """All that is there at one time: what waits for its file in a packed checkpoint is there twice."""
-        return self.parts + self.result + (min(self.result, SHARD_BYTES) if self.format == "packed" else 0)
+        """The result beside the parts; not the one file, of 4 GiB at most, that is there twice while it is written."""
+        return self.parts + self.result
 
     @property
     def _weights(self) -> int:

@@ -85,7 +85,7 @@ def test_disk_by_hand():
     packed, parts = 2000 - 2 * WEIGHTS + WEIGHTS * 3 // 8 + 2 * 40, WEIGHTS + 3 * 40
     assert disk_bytes(MODEL, job(bits=3), None) == packed + parts + 2 * 4 * 10**2
     assert disk_bytes(MODEL, job(bits=3, windows=8), None) == packed + parts
-    assert disk_bytes(MODEL, job(bits=3, windows=8, group_size=5), None) == packed + parts + 7 * 80
+    assert disk_bytes(MODEL, job(bits=3, windows=8, group_size=5), None) == packed + parts + 5 * 80
     assert disk_bytes(MODEL, job(format="dense", windows=8), None) == 2000 + parts
     states = 8 * 8 * 10 * 2
     assert disk_bytes(MODEL, job(format="dense", windows=8), 1000) == 2000 + parts + states - 1000

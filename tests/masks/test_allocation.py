@@ -49,6 +49,11 @@ def test_totals_are_exact_and_no_layer_is_emptied(sizes: list[int], sparsity: fl
             assert abs(count - sparsity * size) <= reach * size + 1
 
 
+def test_what_a_small_layer_cannot_lose_the_others_do():
+    assert uniform([7, 1000, 64], 0.995) == [6, 997, 63]
+    assert uniform([1, 1, 1, 1, 1000], 0.995) == [0, 0, 0, 0, 999]
+
+
 @settings(max_examples=40, deadline=None)
 @given(layer_sizes, percents)
 def test_layers_that_do_not_differ_get_the_same_share(sizes: list[int], sparsity: float):

@@ -54,7 +54,8 @@ def loss_curve(weight: Tensor, gram: FactoredGram) -> Tensor:
 def uniform(sizes: Sequence[int], sparsity: float) -> list[int]:
     """The same share of each layer, up to one weight. `sizes` are numbers of weights."""
     size, total = _sizes(sizes), _total(sizes, sparsity)
-    return _whole((size * sparsity).minimum(_most(size, 1.0, total)), total)
+    most = _most(size, 1.0, total)
+    return _whole((size * sparsity).minimum(most), total, most)
 
 
 def by_outliers(sizes: Sequence[int], ratios: Sequence[float], sparsity: float, width: float = RANGE) -> list[int]:
@@ -72,7 +73,7 @@ def by_outliers(sizes: Sequence[int], ratios: Sequence[float], sparsity: float, 
         middle = (low + high) / 2
         pruned = (size * (share + middle)).clamp(min=0).minimum(most).sum()
         low, high = (middle, high) if pruned < total else (low, middle)
-    return _whole((size * (share + low)).clamp(min=0).minimum(most), total)
+    return _whole((size * (share + low)).clamp(min=0).minimum(most), total, most)
 
 
 def by_error(sizes: Sequence[int], costs: Sequence[Tensor], sparsity: float, reach: float = RANGE) -> list[int]:
@@ -97,7 +98,7 @@ def by_error(sizes: Sequence[int], costs: Sequence[Tensor], sparsity: float, rea
     cheaper = least.index_add(0, owner, torch.where(slope < marginal - tie, length, 0))
     tied = torch.zeros_like(size).index_add(0, owner, torch.where((slope - marginal).abs() <= tie, length, 0))
     share = (total - cheaper.sum()) / tied.sum().clamp(min=1)
-    return _whole(cheaper + tied * share, total)
+    return _whole(cheaper + tied * share, total, most)
 
 
 def _segments(layer: int, size: Tensor, least: Tensor, most: Tensor, cost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,9 +141,10 @@ def _most(size: Tensor, share: float, total: int) -> Tensor:
     return most
 
 
-def _whole(counts: Tensor, total: int) -> list[int]:
-    """Rounded down, and up where the fraction is largest, so that the sum is `total`."""
+def _whole(counts: Tensor, total: int, most: Tensor) -> list[int]:
+    """Rounded down, and up where the fraction is largest, so that the sum is `total` and none is above `most`."""
     whole = counts.floor()
     order = (counts - whole).argsort(descending=True, stable=True)
-    whole[order[: total - int(whole.sum())]] += 1
+    while rest := total - int(whole.sum()):
+        whole[order[(whole < most)[order]][:rest]] += 1
     return [int(count) for count in whole.tolist()]

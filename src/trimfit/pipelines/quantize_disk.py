@@ -2,12 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from trimfit.pipelines.quantize_config import QuantizeConfig
-
-if TYPE_CHECKING:
-    from trimfit.pipelines.quantize_save import Format
 
 
 @dataclass(frozen=True)
@@ -17,6 +13,7 @@ class QuantizeDisk:
     - `layers`: (out, in) of those that are quantized.
     - `model`: bytes of all weights; `blocks`: of those in blocks; `itemsize`: of one number.
     - `moments`: bytes of second moments that are kept with the blocks.
+    - `dense`: whether the result is a dense checkpoint; else it holds codes.
     """
 
     layers: Sequence[tuple[int, int]]
@@ -25,7 +22,7 @@ class QuantizeDisk:
     itemsize: int
     moments: int
     config: QuantizeConfig
-    format: "Format"
+    dense: bool
 
     @property
     def parts(self) -> int:
@@ -36,7 +33,7 @@ class QuantizeDisk:
     @property
     def result(self) -> int:
         """The weights that are written."""
-        if self.format == "dense":
+        if self.dense:
             return self.model
         packed = self._weights * self.config.bits // 8 + self._groups * self.itemsize
         return self.model - self._weights * self.itemsize + packed

@@ -117,7 +117,7 @@ class Result:
         whole, in_blocks = (sum(one.nbytes for one in some) for some in (self._model.parameters(), inside))
         width = 0 if data else self._model.config.get_text_config(decoder=True).hidden_size
         moments, itemsize = 4 * width**2 * len(self.blocks), self._model.dtype.itemsize
-        return QuantizeDisk(layers, whole, in_blocks, itemsize, moments, self.config, self.format).peak
+        return QuantizeDisk(layers, whole, in_blocks, itemsize, moments, self.config, self.format == "dense").peak
 
     def save(self, directory: Path, kept: KeptBlocks, record: QuantizeRecord) -> None:
         """Writes it with its records. Errors are those of the writers."""

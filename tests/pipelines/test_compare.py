@@ -368,6 +368,15 @@ def test_a_journal_of_something_else_is_refused(
     assert (out / "journal.jsonl").read_bytes() == before
 
 
+@pytest.mark.usefixtures("no_plots")
+def test_a_mistake_before_the_first_cell_does_not_bind_the_folder(source: str, data: Path, tmp_path: Path) -> None:
+    config = CompareConfig(selectors=("wanda",), updates=("none",), seeds=1)
+    with pytest.raises(InputError, match=r"missing\.txt"):
+        run(source, tmp_path, data, config, tasks=["continuation:missing.txt"])
+    comparison = run(source, tmp_path, data, config)
+    assert run(source, tmp_path, data, config) == comparison  # from the journal
+
+
 def test_cells_of_another_version_are_refused(
     source: str, data: Path, done: tuple[Comparison, Path], tmp_path: Path
 ) -> None:

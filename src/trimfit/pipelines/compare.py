@@ -117,7 +117,8 @@ def _run(
 def _cells(journal: Journal, identity: Mapping[str, Any]) -> list[Cell]:
     """Those that are in the journal."""
     try:
-        return [Cell.model_validate(record) for record in journal.open(identity)]
+        # Nothing is lost with a journal without cells, such as that of a task whose name was mistyped.
+        return [Cell.model_validate(record) for record in journal.open(identity, replace_empty=True)]
     except ValidationError as error:
         first = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise InputError(

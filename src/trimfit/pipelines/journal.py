@@ -49,11 +49,12 @@ class Journal:
     def __exit__(self, *error: object) -> None:
         self._lock.release()
 
-    def open(self, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def open(self, identity: Mapping[str, Any], *, replace_empty: bool = False) -> list[dict[str, Any]]:
         """The records that are there already.
 
         `identity` is what must be the same for records to be comparable; it is the first line of a new journal. A last
-        line that a kill cut short is dropped. Raises `InputError` when the journal is another run's, or damaged.
+        line that a kill cut short is dropped. Raises `InputError` when the journal is another run's, or damaged; with
+        `replace_empty` a journal that has no records yet is begun again, whatever run it is of.
         """
         identity = json.loads(json.dumps({"format": FORMAT, **identity}))  # as it will be read back
         data = self.path.read_bytes() if self.path.exists() else b""
@@ -63,6 +64,9 @@ class Journal:
         raw = whole.splitlines(keepends=True)
         lines = [self._parse(number, line) for number, line in enumerate(raw, start=1)]
         self._ends = list(itertools.accumulate(len(line) for line in raw))
+        if replace_empty and len(lines) == 1:
+            os.truncate(self.path, 0)
+            lines, self._ends = [], []
         if not lines:
             self.append(identity)
             return []

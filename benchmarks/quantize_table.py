@@ -147,6 +147,7 @@ OURS: dict[str, tuple[Quantize, str]] = {
     "online, learned": (ours(transform="online"), ""),
     "free, self": (ours(transform="free"), "self"),
     "online, self": (ours(transform="online", learned_steps=0), "self"),
+    "online, learned, self": (ours(transform="online"), "self"),
     "free, text": (ours(transform="free"), "text"),
     "online, text": (ours(transform="online", learned_steps=0), "text"),
 }

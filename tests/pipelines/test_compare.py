@@ -242,7 +242,7 @@ def test_layers_that_a_pattern_does_not_divide_stay_dense(source: str, data: Pat
     zeros = row.spread(comparison.quantities["zeros"])
     assert zeros is not None and zeros.mean == pytest.approx(0.5 * pruned / (pruned + dense))
     text = (tmp_path / "comparison.md").read_text()
-    assert "- 16:32: layers whose width 32 does not divide stay dense: mlp.down_proj (2)." in text
+    assert "- 16:32: layers whose width 32 does not divide lose no weights: mlp.down_proj (2)." in text
     assert "- Left out: 2:5, as 5 divides the width of no layer to prune." in text
 
     divided = CompareConfig(patterns=("16:32",), common={"keep_dense": ("re:(q|k|v|o|gate|up)_proj",)})

@@ -160,5 +160,5 @@ class _Fitted:
         if len(dense) == len(layers):
             self._notes[f"Left out: {config.pattern}, as {m} divides the width of no layer to prune."] = None
             return None
-        self._notes[f"{config.pattern}: layers whose width {m} does not divide stay dense: {named}."] = None
+        self._notes[f"{config.pattern}: layers whose width {m} does not divide lose no weights: {named}."] = None
         return config.model_copy(update={"keep_dense": (*config.keep_dense, *(layer.name for _, layer in dense))})

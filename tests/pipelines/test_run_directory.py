@@ -294,6 +294,15 @@ def test_resume_by_the_name_of_the_run_directory(source: Path, run: Path) -> Non
     assert_as_if_nothing_had_happened(source)
 
 
+def test_a_model_that_was_moved(source: Path, run: Path) -> None:
+    moved = source.rename(source.parent / "moved")
+    with pytest.raises(InputError, match=r"began with the model in .*model, which is not there any more; put it back"):
+        resume(run)
+    moved.rename(source)
+    resume(run)
+    assert_as_if_nothing_had_happened(source)
+
+
 def test_an_old_output_stays_until_the_new_is_whole(source: Path) -> None:
     start(source, config=CONFIG.model_copy(update={"sparsity": 0.25}))
     old = {path.name: path.read_bytes() for path in (source.parent / "out").iterdir()}

@@ -140,8 +140,10 @@ def _first_problem(error: ValidationError) -> str:
     first = error.errors()[0]
     if first["type"] == "value_error":  # our own sentence
         return first["msg"].removeprefix("Value error, ")
-    message = first["msg"]
     option = "--" + str(first["loc"][0]).replace("_", "-")
+    # One complaint for each kind of value that the option may have.
+    expected, *others = (one["msg"] for one in error.errors() if one["loc"][0] == first["loc"][0])
+    message = ", or ".join([expected, *(other.removeprefix("Input should be ") for other in others)])
     return f"{option}: {message[0].lower()}{message[1:]}, but it is {first['input']!r}"
 
 

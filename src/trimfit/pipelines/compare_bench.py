@@ -105,12 +105,12 @@ class Bench:
         """The cell with what the model as it is now reaches."""
         model, tokenizer = self._checkpoint.model, self._checkpoint.tokenizer
         limit, batch_size = self._limit, self._batch_size
-        score = score_text(model, tokenizer, self._documents, length=self._window, limit_windows=limit)
-        tasks = (
+        tasks = (  # first, as a mistyped name ends the run
             tuple(evaluate_tasks(model, tokenizer, self._tasks, limit=limit, batch_size=batch_size))
             if self._tasks
             else ()
         )
+        score = score_text(model, tokenizer, self._documents, length=self._window, limit_windows=limit)
         return cell.model_copy(update={"score": score, "tasks": tasks})
 
 

@@ -54,15 +54,15 @@ def evaluate_checkpoint(
         documents = read_modules(EVALUATION) if text == "demo" else read_documents(text, field=field, split=split)
     observer.stage(f"loading {source}")
     checkpoint = load_checkpoint(source, device, quantized=True)
+    scores: list[TaskScore] = []
+    if tasks:  # first, as a mistyped name ends the run
+        observer.stage(f"tasks {', '.join(tasks)}")
+        model, tokenizer = checkpoint.model, checkpoint.tokenizer
+        scores = evaluate_tasks(model, tokenizer, tasks, limit=limit, batch_size=batch_size, seed=seed)
     score = None
     if text is not None:
         observer.stage(f"scoring {text}")
         score = _score(checkpoint, documents, window, limit)
-    scores: list[TaskScore] = []
-    if tasks:
-        observer.stage(f"tasks {', '.join(tasks)}")
-        model, tokenizer = checkpoint.model, checkpoint.tokenizer
-        scores = evaluate_tasks(model, tokenizer, tasks, limit=limit, batch_size=batch_size, seed=seed)
     return Evaluation(score, scores)
 
 

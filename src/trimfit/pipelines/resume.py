@@ -68,7 +68,14 @@ def resume(
     go_on = _quantize if request.get("command") == "quantize" else _prune
     began = Path(request.get("directory", ""))
     with contextlib.chdir(began if began.is_dir() else Path.cwd()):  # names of files were given from there
+        _check_there(request)
         return go_on(request, device, ranks, observer)
+
+
+def _check_there(request: dict[str, Any]) -> None:
+    model = Path(request["source"]).expanduser().absolute()
+    if request.get("local") and not model.is_dir():  # its name could be one on the hub
+        raise InputError(f"the run began with the model in {model}, which is not there any more; put it back")
 
 
 def _prune(request: dict[str, Any], device: torch.device, ranks: Ranks, observer: Observer | None) -> Resumed:

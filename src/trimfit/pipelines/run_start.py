@@ -15,7 +15,8 @@ from trimfit.ranks import Ranks
 def enter_run(stack: ExitStack, source: str, out: Path, overwrite: bool, request: Mapping[str, Any]) -> RunDirectory:
     """The run directory, when `out` can be written."""
     check_target(source, out, overwrite)
-    run = stack.enter_context(RunDirectory(out, request))
+    local = Path(source).expanduser().is_dir()
+    run = stack.enter_context(RunDirectory(out, {**request, "local": local}))
     check_target(source, out, overwrite)  # an old output that a killed run had moved is back
     return run
 

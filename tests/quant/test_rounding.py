@@ -14,7 +14,7 @@ from torch import Tensor
 from trimfit.errors import InputError
 from trimfit.quant import Grid, Levels, Quantized, place_levels
 from trimfit.quant.grid import storable_scale
-from trimfit.quant.rounding import BLOCK, gram_error, round_to_gram
+from trimfit.quant.rounding import BLOCK, OTHER_SCALES, gram_error, round_to_gram
 from trimfit.refit.gram import FactoredGram
 
 MakeLayer = Callable[..., tuple[Tensor, FactoredGram]]
@@ -104,6 +104,18 @@ def test_equals_the_plain_algorithm(make_layer: MakeLayer, width: int, group_siz
         expected = reference(weight, plain.levels, gram, sweeps, mask)
         assert torch.equal(found.codes, expected.codes)
         torch.testing.assert_close(found.scale, expected.scale, rtol=1e-9 if dtype == torch.float64 else 0, atol=0)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_each_row_starts_from_the_best_of_several_scales(make_layer: MakeLayer, bits: int):
+    weight, gram = make_layer(24, 40)
+    grid, hessian = Grid(bits, 8), damped(gram)
+    clipped = place_levels(weight, grid)
+    starts = [replace(clipped, scale=clipped.scale * ratio) for ratio in (1, *OTHER_SCALES)]
+    errors = torch.stack([row_errors(reference(weight, start, gram, 0, None), weight, hessian) for start in starts])
+    assert len(errors.argmin(0).unique()) == len(starts)
+    found = row_errors(round_to_gram(weight, grid, gram, sweeps=0), weight, hessian)
+    torch.testing.assert_close(found, errors.amin(0))
 
 
 @given(

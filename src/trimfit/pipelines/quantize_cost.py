@@ -19,7 +19,7 @@ from trimfit.quant.blocks import block_size
 from trimfit.quant.learned import ROWS
 from trimfit.quant.moments import SAMPLES
 from trimfit.quant.nearest_plane import COLUMNS
-from trimfit.quant.rounding import SWEEPS
+from trimfit.quant.rounding import OTHER_SCALES, SWEEPS
 
 # Bytes of traffic for each weight.
 _PLACE_BYTES = 3000  # 16 clip ratios, twice each: some twelve passes
@@ -129,8 +129,8 @@ def _rounding(group: GroupOutline, job: QuantizeJob, *, fed: bool) -> dict[str, 
     placed = _PLACE_BYTES * weights + _TOLD_BYTES * weights
     if not fed:
         return {"rounding": {"memory": placed, **told}}
-    run, size, passes = job.run(n), job.config.grid.fitted(n).group_size or n, 1 + SWEEPS
-    feedback = weights * run + SWEEPS * weights * (2 * run + 4 * size)
+    run, size, passes = job.run(n), job.config.grid.fitted(n).group_size or n, 1 + len(OTHER_SCALES) + SWEEPS
+    feedback = (1 + len(OTHER_SCALES)) * weights * run + SWEEPS * weights * (2 * run + 4 * size)
     return {
         "factorisation": {"float64": 5 * n * run**2 // 3, "memory": 10 * 8 * n * run},
         "rounding": {

@@ -2,7 +2,8 @@
 
 Three steps, each of which only lowers the error that it leaves:
 1. error feedback: columns from first to last; what rounding one loses, the ones to its right make up for. This is LDLQ
-   (QuIP, arXiv 2307.13304), known as GPTQ (arXiv 2210.17323) when the Gram matrix is that of data;
+   (QuIP, arXiv 2307.13304), known as GPTQ (arXiv 2210.17323) when the Gram matrix is that of data. From finer and
+   coarser scales than those of the clip search too, as what is made up for needs other scales; the best for each row;
 2. coordinate descent: each code in turn to the level nearest to its optimum, all others fixed, all rows at once;
 3. with it, each scale to its optimum, all codes fixed.
 """
@@ -16,6 +17,7 @@ from trimfit.refit.gram import FactoredGram
 
 BLOCK = 32  # columns that are updated one by one before the rest is, by one GEMM
 SWEEPS = 2  # of coordinate descent; later ones change little
+OTHER_SCALES = (0.9, 1.1)  # times those of the clip search, tried beside them; measured: closer or more gain no more
 
 
 def round_to_gram(
@@ -69,13 +71,14 @@ class _Solution:
         self._levels = levels
         self._weight = weight.T.contiguous()
         self._kept = None if kept is None else kept.T.to(weight).contiguous()
-        self._scale = levels.scale.T.to(weight).contiguous()
+        self._scale = self._scaled(1.0)
         self._low = -levels.zero_point.T.to(weight).contiguous()
         self._high = self._low + levels.grid.largest
-        self._steps = torch.zeros_like(self._weight)
+        self._steps = torch.empty_like(self._weight)
         hessian = gram.raw.to(weight, copy=True)
         hessian.diagonal().add_(gram.damping_weight)
         hessian.diagonal()[gram.dead] = gram.mean_diagonal or 1.0  # a dead input is rounded to nearest
+        self._alive = (~gram.dead).to(weight)
         self._hessian = hessian
         self._group = len(self._weight) // len(self._scale)
 
@@ -85,8 +88,25 @@ class _Solution:
         return Quantized(codes.contiguous(), scale.contiguous(), self._levels.zero_point, self._levels.grid)
 
     def feed_back(self, factor: Tensor) -> None:
-        """Error feedback with the upper factor U (in, in) of the inverse Gram matrix."""
+        """Error feedback with the upper factor U (in, in) of the inverse Gram matrix, from several scales."""
+        least = self._feed_back(factor)
+        for ratio in OTHER_SCALES:
+            before = self._scale, self._steps
+            self._scale, self._steps = self._scaled(ratio), torch.empty_like(self._steps)
+            error = self._feed_back(factor)
+            better, least = error < least, torch.minimum(error, least)
+            after = self._scale, self._steps
+            self._scale, self._steps = (torch.where(better, new, old) for new, old in zip(after, before, strict=True))
+
+    def _scaled(self, ratio: float) -> Tensor:
+        """The scales (groups, out) of the clip search, multiplied, as they can be stored."""
+        scale = self._levels.scale.T.to(self._weight) * ratio
+        return storable_scale(scale, self._levels.scale.dtype).to(scale).contiguous()
+
+    def _feed_back(self, factor: Tensor) -> Tensor:
+        """Rounds once. Returns each row's error (out,): Σ e_j², e_j what column j loses, over U_jj; of live inputs."""
         target = self._weight.clone()
+        total = torch.zeros_like(target[0])
         width = len(target)
         errors = torch.empty_like(target[:BLOCK])
         for start in range(0, width, BLOCK):
@@ -97,6 +117,8 @@ class _Solution:
                 torch.sub(row, self._nearest(row, start + j), out=errors[j]).div_(diagonal[j, j])
                 block[j + 1 :].addr_(diagonal[j, j + 1 :], errors[j], alpha=-1)
             target[stop:].addmm_(factor[start:stop, stop:].T, errors[: len(block)], alpha=-1)
+            total += self._alive[start:stop] @ errors[: len(block)].square()
+        return total
 
     def descend(self) -> None:
         """One sweep of coordinate descent over all codes and, group by group, over the scales."""

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from trimfit.checkpoints.atomic import atomic_directory
 from trimfit.checkpoints.packed import (
-    PackedWriter,
+    BlockPacker,
     check_packable,
     finish_packed,
     packed_tensors,
@@ -354,17 +354,4 @@ def test_a_layer_that_was_packed_wrongly_is_noticed(tmp_path: Path, monkeypatch:
         "trimfit.checkpoints.packed.pack_to_int32", lambda codes, bits, **_: pack_to_int32(codes * 0, bits)
     )
     with pytest.raises(RunError, match=r"0.self_attn.q_proj is not the same after packing; nothing was kept"):
-        PackedWriter(model, tmp_path).add("model.layers.0.self_attn.q_proj", layer)
-
-
-def test_what_is_given_is_written_instead_of_what_the_model_has(tmp_path: Path):
-    model = EVERYTHING["llama"].build()
-    done = quantize(model, dict.fromkeys(linear_layers(model), Grid(4, 8)))
-    norm = torch.full((32,), 3.0)
-    writer = PackedWriter(model, tmp_path)
-    writer.add_plain({"model.norm.weight": norm})
-    for name, layer in done.items():
-        writer.add(name, layer)
-    writer.finish()
-    assert same(stored(tmp_path)["model.norm.weight"], norm)
-    assert same(stored(tmp_path)["lm_head.weight"], model.get_parameter("lm_head.weight").detach())
+        BlockPacker(model).pack({"model.layers.0.self_attn.q_proj": layer}, {}, {})

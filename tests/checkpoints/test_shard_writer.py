@@ -114,6 +114,37 @@ def test_a_name_is_written_once(tmp_path: Path):
             writer.add({name: torch.zeros(1)})
 
 
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_file_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: bool):
+    """Between tensors, in the order in which they come; a file system without links has it twice."""
+    if not linked:
+        monkeypatch.setattr("trimfit.checkpoints.shard_writer.os.link", refuse)
+    source, out = tmp_path / "taken", tmp_path / "out"
+    out.mkdir()
+    given = tensors(3, 4, 1, 9)
+    safetensors.torch.save_file({name: given[name] for name in ("t1", "t2")}, source, {"format": "pt"})
+    writer = ShardWriter(out)
+    writer.add({"t0": given["t0"]})
+    writer.add_file(source)
+    with pytest.raises(ValueError, match="t1 was added already"):
+        writer.add_file(source)
+    writer.add({"t3": given["t3"]})
+    writer.finish()
+    files = [out / f"model-0000{i}-of-00003.safetensors" for i in range(1, 4)]
+    held = [safetensors.torch.load_file(file) for file in files]
+    assert [set(file) for file in held] == [{"t0"}, {"t1", "t2"}, {"t3"}]
+    assert all(torch.equal(file[name], given[name]) for file in held for name in file)
+    assert source.samefile(files[1]) == linked
+    assert files[1].read_bytes() == source.read_bytes()
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": 17} and index["weight_map"]["t2"] == files[1].name
+    assert len(list(out.iterdir())) == 4
+
+
+def refuse(*arguments: object) -> None:
+    raise OSError(95, "Operation not supported")
+
+
 def test_items_begin_where_readers_want_them(tmp_path: Path):
     """At a multiple of their size, whatever came before."""
     dtypes = (torch.uint8, torch.int64, torch.bfloat16, torch.bool, torch.float32, torch.float8_e4m3fn, torch.float64)

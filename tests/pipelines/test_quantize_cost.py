@@ -77,18 +77,25 @@ def test_more_is_done_for_more():
     assert flops(transform="pairs") < flops(transform="paper")
 
 
-def test_disk_by_hand():
-    """Parts: a byte for each weight, a scale and a zero point for each of 40 rows, without data a second moment.
+def test_disk_by_hand(monkeypatch: pytest.MonkeyPatch):
+    """Parts hold the levels, a packed result's as it does, else in a byte each, and a norm of 20 bytes in each block.
 
-    A packed result has its scales too.
+    A packed result of one file is there twice while it is written. There are 40 rows with scales of two bytes, and
+    without data a second moment for each of two blocks.
     """
-    packed, parts = 2000 - 2 * WEIGHTS + WEIGHTS * 3 // 8 + 2 * 40, WEIGHTS + 3 * 40
-    assert disk_bytes(MODEL, job(bits=3), None) == packed + parts + 2 * 4 * 10**2
-    assert disk_bytes(MODEL, job(bits=3, windows=8), None) == packed + parts
-    assert disk_bytes(MODEL, job(bits=3, windows=8, group_size=5), None) == packed + parts + 5 * 80
-    assert disk_bytes(MODEL, job(format="dense", windows=8), None) == 2000 + parts
+    model = replace(MODEL, blocks=(replace(BLOCK, bytes=620),) * 2)
+    levels, codes, plain = WEIGHTS * 3 // 8 + 2 * 40, WEIGHTS + 3 * 40, 2 * 20
+    packed, parts = 2000 - 2 * WEIGHTS + levels, levels + 2 * plain
+    assert disk_bytes(model, job(bits=3), None) == 2 * packed + parts + 2 * 4 * 10**2
+    assert disk_bytes(model, job(bits=3, windows=8), None) == 2 * packed + parts
+    assert disk_bytes(model, job(bits=3, windows=8, group_size=5), None) == 2 * packed + parts + 3 * 2 * 80
+    assert disk_bytes(model, job(format="dense", windows=8), None) == 2000 + codes + plain
     states = 8 * 8 * 10 * 2
-    assert disk_bytes(MODEL, job(format="dense", windows=8), 1000) == 2000 + parts + states - 1000
+    assert disk_bytes(model, job(format="dense", windows=8), 1000) == 2000 + codes + plain + states - 1000
+    monkeypatch.setattr("trimfit.pipelines.quantize_disk.SHARD_BYTES", levels + plain - 1)
+    most, outside = levels + plain - 1, 2000 - 2 * 620
+    written = outside + min(outside, most)  # the parts are files of the result
+    assert disk_bytes(model, job(bits=3, windows=8), None) == parts + written
 
 
 def test_memory_by_hand():

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import numpy
 import pytest
 import torch
 from families import EVERYTHING, EXPERT_FAMILIES, LENGTH, windows
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from trimfit import CalibrationConfig, InputError, QuantizeConfig, QuantizeReport, quantize_checkpoint
+from trimfit import CalibrationConfig, InputError, QuantizeConfig, QuantizeReport, load, quantize_checkpoint
 from trimfit.checkpoints.stream import Stream
 from trimfit.pipelines import resume
 
@@ -92,6 +94,60 @@ def test_one_block_at_a_time(
     quantize(source, "out", config, offload=True, memory_limit=2 * LENGTH * 32 * 4, format=form)
     assert len(seen) >= 3 * 3 and set(seen) == {0}
     assert states == 4 - 1  # one of four batches is below the limit
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("qwen2", {}), ("qwen2", {"transform": "online"}), ("mixtral", {"symmetric": True}), ("llama-tied", {})],
+)
+@pytest.mark.parametrize("data", [False, True])
+def test_blocks_of_a_large_result_are_files_of_it(
+    tmp_path: Path,
+    word_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    changes: dict[str, Any],
+    data: bool,
+) -> None:
+    """They go straight there, are not written twice, and hold what the one file of a small result does."""
+    source = write(tmp_path / "model", word_tokenizer, name, dtype=torch.bfloat16, num_hidden_layers=3)
+    config = DEFAULT.model_copy(update=changes)
+    options = {"offload": True} if data else {"calibration": None}
+    quantize(source, "small", config, **options)
+    linked: list[Path] = []
+    plain_link = os.link
+    monkeypatch.setattr("trimfit.pipelines.quantize_save.SHARD_BYTES", 3000)
+    monkeypatch.setattr(os, "link", lambda old, new: linked.append(old) or plain_link(old, new))
+    with pytest.raises(_Killed):
+        quantize(source, "out", config, **options, observer=_Killer())
+    with monkeypatch.context() as patch:
+        patch.setattr("trimfit.pipelines.quantize_save.finish_packed", _killed)
+        with pytest.raises(_Killed):
+            resume(tmp_path / "out")
+    assert [path.name for path in linked] == [f"part-0000{2 * i}.safetensors" for i in range(3)]
+    parts = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.run").glob("part-*")}
+    assert len(parts) == 2 * 3
+    resume(tmp_path / "out")
+    assert not (tmp_path / "out.run").exists()
+    stem = "trimfit" if changes.get("transform") == "online" else "model"
+    shards = sorted((tmp_path / "out").glob(f"{stem}-*.safetensors"))
+    assert [path.name for path in shards] == [f"{stem}-0000{i}-of-00004.safetensors" for i in range(1, 5)]
+    assert all(path.stat().st_mtime_ns == parts[f"part-0000{2 * i}.safetensors"] for i, path in enumerate(shards[:3]))
+    held = [load_file(path) for path in shards]
+    whole = load_file(tmp_path / "small" / f"{stem}.safetensors")
+    assert sorted(name for file in held for name in file) == sorted(whole)
+    assert all(same(file[name], whole[name]) for file in held for name in file)
+    models = [load(str(tmp_path / where)) for where in ("small", "out")]
+    logits = [model(windows(2)).logits for model in models]
+    assert same(*logits)
+
+
+def _killed(*arguments: Any) -> None:
+    raise _Killed
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
 
 
 class _Killed(BaseException):

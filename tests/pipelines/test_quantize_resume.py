@@ -71,7 +71,8 @@ def kill(source: Path, block: int, **options: Any) -> Path:
     assert caught.value.__notes__ == [
         f"what is finished is in {run}: the same command, or trimfit resume {source.parent / 'out'}, goes on"
     ]
-    assert len(list(run.glob("part-*.safetensors"))) == block + 1
+    parts = block + 1 if options.get("format") == "dense" else 2 * (block + 1)  # packed levels are apart
+    assert len(list(run.glob("part-*.safetensors"))) == parts
     return run
 
 
@@ -114,9 +115,10 @@ def test_ended_behind_each_block(
     assert_as_if_nothing_had_happened(source, **options)
 
 
-def test_a_damaged_part_is_done_again(source: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("number", [2, 3], ids=["levels", "state"])
+def test_a_damaged_part_is_done_again(source: Path, caplog: pytest.LogCaptureFixture, number: int) -> None:
     """And all behind it, though those are whole."""
-    part = kill(source, 2) / "part-00001.safetensors"
+    part = kill(source, 2) / f"part-{number:05d}.safetensors"
     part.write_bytes(part.read_bytes()[:-3])
     start(source)
     assert f"{part} is damaged: it is done again, and what came after it" in caplog.text

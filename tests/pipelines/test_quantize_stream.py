@@ -176,7 +176,7 @@ def test_an_error_on_the_way_leaves_no_output(
 ):
     source = write(tmp_path / "model", word_tokenizer)
     before = {path.name: path.read_bytes() for path in source.iterdir()}
-    monkeypatch.setattr("trimfit.checkpoints.packed.PackedWriter.finish", refuse)
+    monkeypatch.setattr("trimfit.checkpoints.shard_writer.ShardWriter.finish", refuse)
     with pytest.raises(AssertionError):
         streamed(source, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out.run"}

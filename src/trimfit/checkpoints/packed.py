@@ -1,7 +1,6 @@
 """Quantized weights in the format `pack-quantized` of compressed-tensors, which transformers and vLLM load."""
 
 import copy
-import weakref
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from trimfit.checkpoints.packed_experts import check_experts, expert_parts, split_rows, stored_names
-from trimfit.checkpoints.shard_writer import ShardWriter
+from trimfit.checkpoints.packed_experts import check_experts, expert_parts, join_rows, split_rows, stored_names
 from trimfit.checkpoints.shards import shard_files
 from trimfit.errors import InputError, RunError
 from trimfit.quant.grid import Grid, Quantized
@@ -130,53 +128,53 @@ def plain_tensors(model: PreTrainedModel, layers: Collection[str], prefix: str =
     return {name: tensor for name, tensor in state.items() if name.startswith(prefix) and name not in left_out}
 
 
-class PackedWriter:
-    """Writes the layers of a model as they are quantized, and then everything else.
+class BlockPacker:
+    """Makes of blocks of a model what a checkpoint holds of them.
 
-    A layer may come with an online transformation T: its packed weight is W T, and T⁻¹ (k, b, b), which its inputs go
+    A layer may have an online transformation T: its packed weight is W T, and T⁻¹ (k, b, b), which its inputs go
     through, is stored once for all layers that share it. The format knows no such thing, and loading without it would
     give a wrong model, so the files then have a name of their own that only `trimfit.load` looks for.
 
-    - `model`: whose plain weights are written as they are when `finish` is called.
+    - `model`: tells names, shapes and dtypes; its weights are not looked at.
     """
 
-    def __init__(self, model: PreTrainedModel, directory: Path) -> None:
-        self._model, self._directory = model, directory
-        self._writer = ShardWriter(directory)
-        self._parts = expert_parts(model)
-        self._grids: dict[str, Grid] = {}
-        self._plain: set[str] = set()
-        self._transforms: dict[str, str] = {}  # name of the tensor, by the layer's
-        self._stored: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # ids are used again, so they prove nothing
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model, self._parts = model, expert_parts(model)
 
-    def add(self, name: str, quantized: Quantized, inverse: Tensor | None = None) -> None:
-        """Takes one layer, with T⁻¹ if it has a transformation. `RunError` if it cannot be unpacked again as it was."""
-        stored = self._parts.get(name, (name,))
-        for part, rows in zip(stored, split_rows(quantized, len(stored)), strict=True):
-            tensors = packed_tensors(part, rows)
-            _check_packed(part, tensors, rows)
-            self._writer.add(tensors)
-        self._grids[name] = quantized.grid
-        if inverse is None:
-            return
-        stored = self._stored.get(id(inverse))
-        if stored is None or stored[0]() is not inverse:
-            stored = weakref.ref(inverse), f"{name}.input_transform"
-            self._stored[id(inverse)] = stored
-            self._writer.add({stored[1]: inverse.to(self._model.dtype)})  # in which it is applied
-        self._transforms[name] = stored[1]
+    def pack(
+        self, layers: Mapping[str, Quantized], inverses: Mapping[str, Tensor], plain: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Tensors by their names in files.
 
-    def add_plain(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes tensors of the model that are not packed, where `finish` shall not: it would write the model's own."""
-        self._plain |= tensors.keys()
-        self._writer.add(stored_names(self._model, self._parts, tensors))
+        - `layers`: by name. `inverses`: T⁻¹ by the name of one of the layers that share it, see `transform_name`.
+        - `plain`: tensors that are not packed, by name in the model.
 
-    def finish(self) -> None:
-        """Writes what is left and the configs, and reads all back; `RunError` if anything is not as it should be."""
-        left = plain_tensors(self._model, self._grids)
-        self.add_plain({name: tensor for name, tensor in left.items() if name not in self._plain})
-        self._writer.finish(ONLINE if self._transforms else "model")
-        finish_packed(self._model, self._grids, self._directory, self._transforms)
+        Raises `RunError` for a layer that cannot be unpacked again as it was.
+        """
+        found = {transform_name(owner): inverse.to(self._model.dtype) for owner, inverse in inverses.items()}
+        for name, quantized in layers.items():
+            stored = self._stored(name)
+            for part, rows in zip(stored, split_rows(quantized, len(stored)), strict=True):
+                tensors = packed_tensors(part, rows)
+                _check_packed(part, tensors, rows)
+                found |= tensors
+        return found | self.plain(plain)
+
+    def plain(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors that are not packed, by name in the model, under their names in files."""
+        return stored_names(self._model, self._parts, tensors)
+
+    def unpack(self, name: str, tensors: Mapping[str, Tensor], grid: Grid) -> Quantized:
+        """The layer of that name, bit for bit as it was packed with this grid."""
+        return join_rows([unpack(part, tensors, grid) for part in self._stored(name)])
+
+    def _stored(self, name: str) -> tuple[str, ...]:
+        return self._parts.get(name, (name,))
+
+
+def transform_name(layer: str) -> str:
+    """Of the T⁻¹ that files hold for a layer and those that share it."""
+    return f"{layer}.input_transform"
 
 
 def finish_packed(

@@ -1,6 +1,6 @@
 """Experts in packed checkpoints: in the model all share a tensor, in files each of their layers has its own."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -47,6 +47,14 @@ def split_rows(quantized: Quantized, count: int) -> list[Quantized]:
         replace(quantized, codes=codes, scale=scale, zero_point=zero)
         for codes, scale, zero in zip(*tensors, strict=True)
     ]
+
+
+def join_rows(parts: Sequence[Quantized]) -> Quantized:
+    """The inverse of `split_rows`."""
+    codes, scale, zero = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scale", "zero_point")
+    )
+    return replace(parts[0], codes=codes, scale=scale, zero_point=zero)
 
 
 def stored_names(

@@ -1,6 +1,8 @@
 """Writes the weights of a checkpoint as they come, and keeps none of them in memory."""
 
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +64,24 @@ class ShardWriter:
             self._waiting[name] = _Waiting(tensor.dtype, tuple(tensor.shape), self._waiting_bytes, tensor.nbytes)
             self._waiting_bytes += tensor.nbytes
             self._digests[name] = tensor_digest(tensor)
+            self._total_bytes += tensor.nbytes
+
+    def add_file(self, source: Path) -> None:
+        """Takes a safetensors file, as it is, for one of those to write. It stays where it is, too.
+
+        Raises `ValueError` for a name that was added before.
+        """
+        with safe_open(source, framework="pt") as file:
+            names = list(file.keys())
+        if known := self._digests.keys() & names:
+            raise ValueError(f"{min(known)} was added already")
+        self._write()
+        self._shards += 1
+        _link(source, self._part(self._shards))
+        for name in names:
+            tensor = read_tensor(source, name)
+            self._digests[name] = tensor_digest(tensor)
+            self._shard_of[name] = self._shards
             self._total_bytes += tensor.nbytes
 
     def finish(self, stem: str = "model") -> None:
@@ -126,6 +146,14 @@ class ShardWriter:
 
     def _part(self, number: int) -> Path:
         return self._directory / f"{number:05d}.part"
+
+
+def _link(source: Path, target: Path) -> None:
+    """One more name for a file; where the file system has no such, a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _dtype(dtype: torch.dtype) -> str:

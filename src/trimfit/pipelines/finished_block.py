@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -66,33 +65,42 @@ class FinishedBlock:
         for name, tensor in plain_state(block).items():
             tensor.copy_(self.plain[name])
 
-    def tensors(self) -> dict[str, Tensor]:
-        """For a file; `read` is the inverse."""
+    def levels(self) -> dict[str, Tensor]:
+        """Of all layers, for a file; `read_levels` is the inverse."""
+        parts = ("codes", "scale", "zero_point")
+        return {f"{part}:{name}": getattr(one.quantized, part) for name, one in self.layers.items() for part in parts}
+
+    def transforms(self) -> dict[str, BlockTransform]:
+        """Online transformations, by the first of the layers that share them."""
+        owners = {owner for owner, _ in self.record.transforms.values()}
+        shared = {name: layer.transform for name, layer in self.layers.items() if name in owners}
+        return {name: transform for name, transform in shared.items() if transform is not None}
+
+    def state(self) -> dict[str, Tensor]:
+        """All but the levels, for a file; `read` is the inverse."""
         found = {f"plain:{name}": tensor for name, tensor in self.plain.items()}
-        for name, layer in self.layers.items():
-            found |= {f"{part}:{name}": getattr(layer.quantized, part) for part in ("codes", "scale", "zero_point")}
-            if layer.transform is not None and self.record.transforms[name][0] == name:
-                found |= {f"{part}:{name}": getattr(layer.transform, part) for part in ("matrices", "inverses")}
+        for name, transform in self.transforms().items():
+            found |= {f"{part}:{name}": getattr(transform, part) for part in ("matrices", "inverses")}
         return found if self.moment is None else {**found, "moment": self.moment}
 
     @classmethod
-    def read(
-        cls, name: str, tensors: Mapping[str, Tensor], record: BlockRecord, grid: Grid, device: torch.device
-    ) -> Self:
-        """The block of that name on `device`. `grid` is the one asked for."""
-        found = {key: tensor.to(device) for key, tensor in tensors.items()}
+    def read(cls, name: str, state: Mapping[str, Tensor], levels: Mapping[str, Quantized], record: BlockRecord) -> Self:
+        """The block of that name; `levels` are those of its layers, by name."""
         transforms = {
-            owner: BlockTransform(found[f"matrices:{owner}"], found[f"inverses:{owner}"], kind)
+            owner: BlockTransform(state[f"matrices:{owner}"], state[f"inverses:{owner}"], kind)
             for owner, kind in record.transforms.values()
         }
         layers: dict[str, QuantizedWeight] = {}
         for layer in record.layers:
-            codes, scale, zero = (found[f"{part}:{layer.name}"] for part in ("codes", "scale", "zero_point"))
             owner, _ = record.transforms.get(layer.name, (None, None))
-            quantized = Quantized(codes, scale, zero, grid.fitted(codes.shape[1]))
-            layers[layer.name] = QuantizedWeight(quantized, transforms[owner] if owner else None)
-        plain = {key.removeprefix("plain:"): tensor for key, tensor in found.items() if key.startswith("plain:")}
-        return cls(name, record, layers, plain, found.get("moment"))
+            layers[layer.name] = QuantizedWeight(levels[layer.name], transforms[owner] if owner else None)
+        plain = {key.removeprefix("plain:"): tensor for key, tensor in state.items() if key.startswith("plain:")}
+        return cls(name, record, layers, plain, state.get("moment"))
+
+
+def read_levels(name: str, tensors: Mapping[str, Tensor], grid: Grid) -> Quantized:
+    """Those of one layer; `grid` is fitted to it."""
+    return Quantized(tensors[f"codes:{name}"], tensors[f"scale:{name}"], tensors[f"zero_point:{name}"], grid)
 
 
 def plain_state(block: Block) -> dict[str, Tensor]:

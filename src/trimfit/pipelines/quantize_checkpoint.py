@@ -15,7 +15,6 @@ from trimfit.pipelines.observer import Observer, Silent
 from trimfit.pipelines.opened import InMemory, Offloaded, check_run_space
 from trimfit.pipelines.quantize import QuantizeRun
 from trimfit.pipelines.quantize_config import QuantizeConfig
-from trimfit.pipelines.quantize_ledger import KeptBlocks
 from trimfit.pipelines.quantize_records import QuantizeReport
 from trimfit.pipelines.quantize_save import Format, QuantizeRecord, Result, check_offload
 from trimfit.pipelines.run_directory import RunDirectory, run_path
@@ -92,7 +91,7 @@ def quantize_checkpoint(
             return run.windows(lambda: draw_windows(checkpoint, text, config.batch_size, observer))
 
         windows, sample = ranks.first(lambda: begin(there(run)))
-        kept = KeptBlocks(run, config.grid, opened.device) if run else None
+        kept = result.kept(run) if run else None
         folder = run_path(out)  # which processes on other machines may not see
         report = QuantizeRun(
             model,
@@ -120,7 +119,7 @@ def quantize_checkpoint(
                 format,
             )
             with atomic_directory(out, overwrite, run.result) as directory:
-                result.save(directory, KeptBlocks(run, config.grid, opened.device), record)
+                result.save(directory, run, record)
                 record.save_windows(directory)
 
         observer.stage(f"writing {out}")

@@ -211,9 +211,7 @@ def _disk(model: Outline, job: QuantizeJob) -> QuantizeDisk:
     layers = [(rows, group.inputs) for block in model.blocks for group in block.groups for rows in group.rows]
     in_blocks = sum(block.bytes for block in model.blocks)
     moments = 0 if job.windows else 4 * model.hidden**2 * len(model.blocks)
-    return QuantizeDisk(
-        layers, model.bytes, in_blocks, model.dtype.itemsize, moments, job.config, job.format == "dense"
-    )
+    return QuantizeDisk(layers, model.bytes, in_blocks, model.dtype.itemsize, moments, job.config, job.format)
 
 
 def _memory(model: Outline, job: QuantizeJob) -> Memory:

@@ -1,17 +1,22 @@
 """What a quantization leaves behind on its way: for its caller to take, or for another run to go on from."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
+from trimfit.checkpoints.packed import BlockPacker
 from trimfit.models import Block
-from trimfit.pipelines.finished_block import BlockRecord, FinishedBlock
-from trimfit.pipelines.run_directory import RunDirectory
+from trimfit.pipelines.finished_block import BlockRecord, FinishedBlock, read_levels
+from trimfit.pipelines.run_directory import Part, RunDirectory
 from trimfit.quant import Grid, Quantized
 from trimfit.quant.blocks import BlockTransform
 
 Sink = Callable[[str, Quantized, BlockTransform | None], None]
+
+_PACKED = "packed"  # behind the name of a block, the key of what a packed result holds of it
 
 
 class QuantizeLedger(Protocol):
@@ -53,10 +58,11 @@ class KeptBlocks:
     """Blocks in the parts of an open run directory.
 
     - `grid`: the one asked for. `device`: where blocks are put when they are read.
+    - `packer`: of a packed result. Levels are then kept in a part of their own, which can be a file of the result.
     """
 
-    def __init__(self, run: RunDirectory, grid: Grid, device: torch.device):
-        self._run, self._grid, self._device = run, grid, device
+    def __init__(self, run: RunDirectory, grid: Grid, device: torch.device, packer: BlockPacker | None):
+        self._run, self._grid, self._device, self._packer = run, grid, device, packer
 
     @property
     def seconds(self) -> float:
@@ -69,7 +75,11 @@ class KeptBlocks:
         if part is None:
             return None
         record = BlockRecord.model_validate(part.record)
-        return FinishedBlock.read(block.name, part.tensors(), record, self._grid, self._device)
+        state = self._read(part)
+        held = state if self._packer is None else self._read(self._run.parts[block.name, _PACKED])
+        read = read_levels if self._packer is None else self._packer.unpack
+        levels = {one.name: read(one.name, held, self._grid.fitted(one.shape[1])) for one in record.layers}
+        return FinishedBlock.read(block.name, state, levels, record)
 
     def finished(self, block: Block) -> FinishedBlock:
         """A block, when all are finished."""
@@ -77,6 +87,24 @@ class KeptBlocks:
         assert found is not None
         return found
 
+    def packed(self, block: Block) -> tuple[Path, BlockRecord]:
+        """The file of what a packed result holds of a block, when all are finished, and what is told of the block."""
+        parts = self._run.parts
+        file = parts[block.name, _PACKED].file
+        assert file is not None
+        return file, BlockRecord.model_validate(parts[block.name,].record)
+
     def keep(self, finished: FinishedBlock, seconds: float) -> None:
         """Writes a block that is finished, and returns when it is on the disk."""
-        self._run.keep((finished.name,), finished.tensors(), finished.record.model_dump(), seconds)
+        state = finished.state()
+        if self._packer is None:
+            state |= finished.levels()
+        else:
+            quantized = {name: layer.quantized for name, layer in finished.layers.items()}
+            inverses = {name: transform.inverses for name, transform in finished.transforms().items()}
+            packed = self._packer.pack(quantized, inverses, finished.plain)
+            self._run.keep((finished.name, _PACKED), packed, None, seconds)
+        self._run.keep((finished.name,), state, finished.record.model_dump(), seconds)
+
+    def _read(self, part: Part) -> dict[str, Tensor]:
+        return {name: tensor.to(self._device) for name, tensor in part.tensors().items()}

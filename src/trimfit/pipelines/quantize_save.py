@@ -3,28 +3,37 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trimfit.calibration import CalibrationConfig
 from trimfit.checkpoints import save_checkpoint, write_sidecar
 from trimfit.checkpoints.gguf import check_gguf, write_gguf
-from trimfit.checkpoints.packed import PackedWriter, check_packable, plain_tensors
+from trimfit.checkpoints.packed import (
+    ONLINE,
+    BlockPacker,
+    check_packable,
+    finish_packed,
+    plain_tensors,
+    transform_name,
+)
 from trimfit.checkpoints.patch import PatchedShards, check_patchable
+from trimfit.checkpoints.shard_writer import SHARD_BYTES, ShardWriter
 from trimfit.errors import InputError
 from trimfit.models import Block
 from trimfit.pipelines.checkpoint_record import CheckpointRecord
 from trimfit.pipelines.checks import check_stream
 from trimfit.pipelines.opened import InMemory, Offloaded, check_text
 from trimfit.pipelines.quantize_config import QuantizeConfig
-from trimfit.pipelines.quantize_disk import QuantizeDisk
+from trimfit.pipelines.quantize_disk import Format, QuantizeDisk
 from trimfit.pipelines.quantize_ledger import KeptBlocks
 from trimfit.pipelines.quantize_records import QuantizeReport
+from trimfit.pipelines.run_directory import RunDirectory
 from trimfit.quant import Grid
 
-Format = Literal["packed", "dense", "gguf"]
 _FORMATS: dict[str, Format] = {"packed": "packed", "dense": "dense", "gguf": "gguf"}
 
 
@@ -117,10 +126,16 @@ class Result:
         whole, in_blocks = (sum(one.nbytes for one in some) for some in (self._model.parameters(), inside))
         width = 0 if data else self._model.config.get_text_config(decoder=True).hidden_size
         moments, itemsize = 4 * width**2 * len(self.blocks), self._model.dtype.itemsize
-        return QuantizeDisk(layers, whole, in_blocks, itemsize, moments, self.config, self.format == "dense").peak
+        return QuantizeDisk(layers, whole, in_blocks, itemsize, moments, self.config, self.format).peak
 
-    def save(self, directory: Path, kept: KeptBlocks, record: QuantizeRecord) -> None:
+    def kept(self, run: RunDirectory) -> KeptBlocks:
+        """What is finished of it in the directory of its run."""
+        packer = BlockPacker(self._model) if self.format == "packed" else None
+        return KeptBlocks(run, self.config.grid, self.opened.device, packer)
+
+    def save(self, directory: Path, run: RunDirectory, record: QuantizeRecord) -> None:
         """Writes it with its records. Errors are those of the writers."""
+        kept = self.kept(run)
         if self.format == "dense" and isinstance(self.opened, Offloaded):
             self._patch(self.opened, directory, kept, record)
             return
@@ -150,15 +165,20 @@ class Result:
         shards.finish(record.sidecar(), written)
 
     def _pack(self, directory: Path, kept: KeptBlocks) -> None:
-        writer = PackedWriter(self._model, directory)
-        for block in self.blocks:
-            finished = kept.finished(block)
-            for name, layer in finished.layers.items():
-                writer.add(name, layer.quantized, None if layer.transform is None else layer.transform.inverses)
-            writer.add_plain(finished.plain)
+        packer, writer = BlockPacker(self._model), ShardWriter(directory)
+        blocks = [kept.packed(block) for block in self.blocks]
+        small = sum(file.stat().st_size for file, _ in blocks) <= SHARD_BYTES
+        transforms: dict[str, str] = {}
+        for file, record in blocks:
+            transforms |= {layer: transform_name(owner) for layer, (owner, _) in record.transforms.items()}
+            if small:
+                writer.add(load_file(file))
+            else:
+                writer.add_file(file)
         for name, tensor in self._outside():
-            writer.add_plain({name: tensor})
-        writer.finish()
+            writer.add(packer.plain({name: tensor}))
+        writer.finish(ONLINE if transforms else "model")
+        finish_packed(self._model, _grids(self.blocks, self.config), directory, transforms)
 
     def _outside(self) -> Iterator[tuple[str, Tensor]]:
         """What is in no block, one tensor after the other."""

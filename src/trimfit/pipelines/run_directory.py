@@ -89,6 +89,7 @@ class RunDirectory:
         self.in_result: dict[str, dict[str, str]] = {}
         self._out, self._request = out, request
         self._journal = Journal(self.path / _JOURNAL)
+        self._kept = 0  # parts, also those that were kept again
         self._costly = False  # whether a note is
         self._windows: dict[str, Any] | None = None
         self._is_new = not self._journal.path.exists() and not (self.path / REQUEST).exists()
@@ -197,11 +198,12 @@ class RunDirectory:
         `record`: JSON. `seconds`: that have passed since the run began, earlier ones included.
         """
         written = self._write(
-            f"part-{len(self.parts):05d}.safetensors",
+            f"part-{self._kept:05d}.safetensors",
             {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
         )
         self._journal.append({"part": list(key), "record": record, "seconds": seconds, **written})
         self.parts[tuple(key)] = Part(self.path / written["file"], record)
+        self._kept += 1
 
     def move(self, keys: Iterable[tuple[str, ...]], checksums: Checksums) -> None:
         """Says that tensors of parts are in files of the result, on the disk, and removes the files of the parts.
@@ -239,6 +241,7 @@ class RunDirectory:
         else:
             file = record["file"]
             self.parts[tuple(record["part"])] = Part(file and self.path / file, record["record"])
+            self._kept += 1
             self.seconds = record["seconds"]
         return True
 
@@ -252,7 +255,7 @@ class RunDirectory:
         """Name and checksum of a file, once it is on the disk."""
         beside = self.path / f"{name}.tmp"
         try:
-            save_file(tensors, beside)
+            save_file(tensors, beside, {"format": "pt"})  # which transformers asks of a file of a result
             written = {"file": name, "sha256": _checksum(beside)}
             rename_durably(beside, self.path / name)
         except Exception as error:

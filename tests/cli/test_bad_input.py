@@ -236,6 +236,13 @@ MISTAKES = {
     "quantizing with other ids": Bad(
         "--calibration {high_ids} --samples 12 --sequence-length 32", ("vocabulary", "300"), command=QUANTIZE
     ),
+    "samples of no data": Bad("--samples 4", ("--samples", "--calibration"), command=QUANTIZE),
+    "a seed of no data": Bad("--seed 3", ("--seed", "--calibration"), command=QUANTIZE),
+    "a field of no data": Bad("--field prose", ("--field", "--calibration"), command=QUANTIZE),
+    "blocks of no transformation": Bad("--block-size 32", ("--block-size", "--transform online"), command=QUANTIZE),
+    "steps of no transformation": Bad(
+        "--transform pairs --learned-steps 7", ("--learned-steps", "--transform online"), command=QUANTIZE
+    ),
     "quantizing with no samples": Bad("--calibration {text} --samples 0", ("--samples", "0"), command=QUANTIZE),
     "quantizing over another output": Bad("", ("exists", "--overwrite"), command="quantize {tiny} -o {nan}"),
     "quantizing over the model": Bad("--overwrite", ("destroy", "tiny"), command="quantize {tiny} -o {tiny}"),

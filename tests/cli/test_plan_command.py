@@ -129,7 +129,7 @@ def test_quantize_plans_what_was_asked(here: Callable[..., Outcome], tiny: Path,
     assert [one["offload"] for one in (packed, dense, seen)] == [True, False, False]
     assert [one["windows"] for one in (packed, dense, seen)] == [0, 0, 16]
     assert "forward" in seen["seconds"] and "forward" not in packed["seconds"]
-    assert packed["disk"] < dense["disk"]
+    assert seen["disk"] < packed["disk"] != dense["disk"]  # without data moments are kept
     assert "no data" in here("quantize", tiny, "-o", tmp_path / "out", "--plan").stdout
 
 

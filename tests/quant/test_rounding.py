@@ -21,13 +21,13 @@ MakeLayer = Callable[..., tuple[Tensor, FactoredGram]]
 
 
 def damped(gram: FactoredGram) -> Tensor:
-    """H with its damping; dead inputs weigh as much as others on average and are coupled to none."""
+    """H with its damping; dead inputs weigh a millionth of others on average and are coupled to none."""
     mean = gram.raw.diagonal().mean()
     hessian = gram.raw + gram.damping * mean * torch.eye(gram.size, dtype=torch.float64)
     for j in range(gram.size):
         if gram.dead[j]:
             hessian[j, :] = hessian[:, j] = 0
-            hessian[j, j] = mean if mean > 0 else 1
+            hessian[j, j] = 1e-6 * (mean if mean > 0 else 1)
     return hessian
 
 

@@ -10,6 +10,8 @@ from trimfit.cli import options
 from trimfit.errors import InputError
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from trimfit.calibration import CalibrationConfig
     from trimfit.pipelines import PruneConfig, QuantizeConfig
     from trimfit.pipelines.quantize_save import Format
@@ -225,10 +227,22 @@ def quantize_configs(given: dict[str, Any]) -> tuple["QuantizeConfig", "Calibrat
     asked = {name: given[name] for name in QuantizeConfig.model_fields} | {"ignore": tuple(given["ignore"] or ())}
     config = QuantizeConfig.model_validate(asked)
     checked = check_format(given["format"], config)
+    if config.transform != "online":
+        _refuse_unused(given, QuantizeConfig, ["block_size", "learned_steps"], "--transform online")
+    of_data = [name for name in CalibrationConfig.model_fields if name != "source"]
     if given["calibration"] is None:
+        _refuse_unused(given, CalibrationConfig, of_data, "--calibration")
         return config, None, checked
-    drawn = {name: given[name] for name in CalibrationConfig.model_fields if name != "source"}
+    drawn = {name: given[name] for name in of_data}
     return config, CalibrationConfig(source=given["calibration"], **drawn), checked
+
+
+def _refuse_unused(given: dict[str, Any], config: type["BaseModel"], names: list[str], need: str) -> None:
+    """Raises `InputError` for an option that is not what it is by default, but does nothing without another."""
+    for name in names:
+        if given[name] != config.model_fields[name].default:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} does nothing without {need}: give that too, or leave out {option}")
 
 
 def evaluate(

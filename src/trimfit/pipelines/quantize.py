@@ -64,7 +64,7 @@ def quantize(
     check_finite(model)
     calibration = WeightMoments(model) if tokens is None else tokens
     ledger = ToSink(sink)
-    return QuantizeRun(model, blocks, calibration, config, observer or Silent(), ledger, scale_dtype=scale_dtype).run()
+    return QuantizeRun(model, blocks, calibration, config, observer, ledger, scale_dtype=scale_dtype).run()
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Adaptive rounding against a Gram matrix: the least ‖(Ŵ − W) X‖² that codes and scales on a grid can be brought to.
 
-Three steps, each of which only lowers the error that it leaves:
+Three steps, of which the later ones never raise the error of a row:
 1. error feedback: columns from first to last; what rounding one loses, the ones to its right make up for. This is LDLQ
    (QuIP, arXiv 2307.13304), known as GPTQ (arXiv 2210.17323) when the Gram matrix is that of data. From finer and
    coarser scales than those of the clip search too, as what is made up for needs other scales; the best for each row;
@@ -17,6 +17,7 @@ from trimfit.refit.gram import FactoredGram
 
 BLOCK = 32  # columns that are updated one by one before the rest is, by one GEMM
 SWEEPS = 2  # of coordinate descent; later ones change little
+_DEAD = 1e-6  # what a dead input counts, of a mean one: it is rounded to nearest and does not move a scale
 OTHER_SCALES = (0.9, 1.1)  # times those of the clip search, tried beside them; measured: closer or more gain no more
 
 
@@ -77,8 +78,8 @@ class _Solution:
         self._steps = torch.empty_like(self._weight)
         hessian = gram.raw.to(weight, copy=True)
         hessian.diagonal().add_(gram.damping_weight)
-        hessian.diagonal()[gram.dead] = gram.mean_diagonal or 1.0  # a dead input is rounded to nearest
-        self._alive = (~gram.dead).to(weight)
+        hessian.diagonal()[gram.dead] = _DEAD * (gram.mean_diagonal or 1.0)
+        self._counts = torch.where(gram.dead, hessian.diagonal(), 1.0)
         self._hessian = hessian
         self._group = len(self._weight) // len(self._scale)
 
@@ -104,7 +105,7 @@ class _Solution:
         return storable_scale(scale, self._levels.scale.dtype).to(scale).contiguous()
 
     def _feed_back(self, factor: Tensor) -> Tensor:
-        """Rounds once. Returns each row's error (out,): Σ e_j², e_j what column j loses, over U_jj; of live inputs."""
+        """Rounds once. Returns each row's error (out,): Σ e_j², e_j being what column j loses, over U_jj."""
         target = self._weight.clone()
         total = torch.zeros_like(target[0])
         width = len(target)
@@ -117,7 +118,7 @@ class _Solution:
                 torch.sub(row, self._nearest(row, start + j), out=errors[j]).div_(diagonal[j, j])
                 block[j + 1 :].addr_(diagonal[j, j + 1 :], errors[j], alpha=-1)
             target[stop:].addmm_(factor[start:stop, stop:].T, errors[: len(block)], alpha=-1)
-            total += self._alive[start:stop] @ errors[: len(block)].square()
+            total += self._counts[start:stop] @ errors[: len(block)].square()
         return total
 
     def descend(self) -> None:
@@ -180,4 +181,4 @@ def gram_error(quantized: Tensor, weight: Tensor, gram: Tensor) -> float:
     return (((difference @ gram) * difference).sum() / energy).item() if energy > 0 else 0.0
 
 
-__all__ = ["BLOCK", "SWEEPS", "Levels", "gram_error", "round_to_gram"]
+__all__ = ["BLOCK", "OTHER_SCALES", "SWEEPS", "gram_error", "round_to_gram"]

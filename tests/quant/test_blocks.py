@@ -48,12 +48,12 @@ def named(weights: list[Tensor], size: int) -> dict[str, BlockTransform]:
     return {transform.name: transform for transform in candidates(weights, size)}
 
 
-def true_error(transform: BlockTransform, weight: Tensor, grid: Grid, gram: Tensor | None) -> float:
+def true_error(transform: BlockTransform, weight: Tensor, grid: Grid) -> float:
     """Of the quantized W T behind T⁻¹, all in plain matrices."""
     there, back = dense(transform)
     moved = (weight.double() @ there).float()
     lost = place_levels(moved, grid).nearest(moved).dequantize().double() @ back - weight
-    return torch.trace(lost @ (torch.eye(len(back)).double() if gram is None else gram.double()) @ lost.T).item()
+    return lost.square().sum().item()
 
 
 @given(st.integers(1, 600), st.integers(1, 200))
@@ -164,7 +164,7 @@ def test_groups_of_several_blocks_have_one_optimum():
         assert total >= bound * (1 - 1e-5)
         if name.startswith("spectrum"):
             torch.testing.assert_close(total, bound, rtol=1e-4, atol=0)
-    spectrum, plain = (true_error(transforms[name], weight, Grid(3, None), None) for name in ("spectrum", "hadamard"))
+    spectrum, plain = (true_error(transforms[name], weight, Grid(3, None)) for name in ("spectrum", "hadamard"))
     assert spectrum < 0.7 * plain
 
 
@@ -198,27 +198,24 @@ def test_the_size_of_weights_does_not_change_the_transformation():
 
 
 @pytest.mark.parametrize("kind", ["anisotropic", "outliers", "zero columns", "rank", "nothing", "few rows"])
-@pytest.mark.parametrize("with_gram", [False, True])
 @pytest.mark.parametrize("grid", [Grid(3, 16), Grid(4, None, True)], ids=str)
-def test_the_choice_is_never_worse_than_none(kind: str, with_gram: bool, grid: Grid):
+def test_the_choice_is_never_worse_than_none(kind: str, grid: Grid):
     weight = make_weight(kind)
-    x = torch.randn(200, 32, generator=torch.Generator().manual_seed(2)) * torch.logspace(0, -1, 32)
-    gram = x.T @ x / 200 if with_gram else None
-    chosen = best_transform([weight], grid, 8, gram)
+    chosen = best_transform([weight], grid, 8)
     found = candidates([weight], 8)
-    errors = {transform.name: true_error(transform, weight, grid, gram) for transform in found}
-    mine = errors["identity"] if chosen is None else true_error(chosen, weight, grid, gram)
+    errors = {transform.name: true_error(transform, weight, grid) for transform in found}
+    mine = errors["identity"] if chosen is None else true_error(chosen, weight, grid)
     assert mine <= errors["identity"] * (1 + 1e-4)
     assert mine <= min(errors.values()) * 1.01
 
 
 def test_outliers_are_worth_a_transformation_and_what_is_even_is_not():
-    assert best_transform([torch.zeros(8, 32)], Grid(3, 16), 8, None) is None
+    assert best_transform([torch.zeros(8, 32)], Grid(3, 16), 8) is None
     outliers = make_weight("outliers", rows=256, width=64)
     grid = Grid(3, 64)
-    chosen = best_transform([outliers], grid, 64, None)
+    chosen = best_transform([outliers], grid, 64)
     assert chosen is not None
     identity = named([outliers], 64)["identity"]
-    assert true_error(chosen, outliers, grid, None) < 0.5 * true_error(identity, outliers, grid, None)
+    assert true_error(chosen, outliers, grid) < 0.5 * true_error(identity, outliers, grid)
     on_grid = torch.randint(-4, 4, (64, 32), generator=torch.Generator().manual_seed(0)).float()
-    assert best_transform([on_grid], Grid(3, None, True), 8, None) is None
+    assert best_transform([on_grid], Grid(3, None, True), 8) is None

@@ -23,20 +23,14 @@ def make_weight(rows: int, width: int, seed: int = 0) -> Tensor:
     return weight
 
 
-def make_gram(width: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(4 * width, width, generator=generator) * torch.logspace(-1, 0, width)
-    return inputs.T @ inputs / len(inputs)
-
-
 def start_of(weights: list[Tensor], size: int, name: str = "spectrum-hadamard") -> BlockTransform:
     return next(transform for transform in candidates(weights, size) if transform.name == name)
 
 
-def true_error(transform: BlockTransform, weight: Tensor, grid: Grid, gram: Tensor | None = None) -> float:
+def true_error(transform: BlockTransform, weight: Tensor, grid: Grid) -> float:
     moved = transform.forward(weight)
     lost = transform.backward(place_levels(moved, grid).nearest(moved).dequantize()) - weight
-    return (lost.square().sum() if gram is None else ((lost @ gram) * lost).sum()).item()
+    return lost.square().sum().item()
 
 
 def round_trip(transform: BlockTransform) -> float:
@@ -45,15 +39,11 @@ def round_trip(transform: BlockTransform) -> float:
     return (product - torch.eye(product.shape[1])).abs().max().item()
 
 
-def direct_value(m: Tensor, weight: Tensor, grid: Grid, start: BlockTransform, gram: Tensor | None) -> float:
+def direct_value(m: Tensor, weight: Tensor, grid: Grid, start: BlockTransform) -> float:
     """The surrogate by its definition, with plain matrices in float64."""
     t = torch.block_diag(*start.matrices.double()) @ torch.block_diag(*m)
     inverse = torch.linalg.inv(t)
-    c = torch.eye(len(t), dtype=t.dtype)
-    if gram is not None:
-        damped = gram.double() / gram.double().diagonal().mean() + 0.01 * c
-        c = torch.block_diag(*[damped[i : i + m.shape[1], i : i + m.shape[1]] for i in range(0, len(t), m.shape[1])])
-    noise = (inverse @ c @ inverse.T).diagonal()
+    noise = (inverse @ inverse.T).diagonal()
     moved = weight.double() @ t
     group = grid.group_size or len(t)
     total = 0.0
@@ -69,23 +59,21 @@ def direct_value(m: Tensor, weight: Tensor, grid: Grid, start: BlockTransform, g
 
 @pytest.mark.parametrize(("width", "size", "group"), SHAPES)
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("weighted", [False, True])
 def test_the_surrogate_is_what_it_says_and_so_is_its_gradient(
-    width: int, size: int, group: int | None, symmetric: bool, weighted: bool
+    width: int, size: int, group: int | None, symmetric: bool
 ):
     weight, grid = make_weight(40, width), Grid(4, group, symmetric)
-    gram = make_gram(width) if weighted else None
     start = start_of([weight], size)
     count = width // size
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(count, size, size, generator=generator, dtype=torch.float64)
     m = torch.eye(size, dtype=torch.float64) + 0.2 / size**0.5 * noise
-    value, gradient = Surrogate([weight], size, grid, start, gram).value_and_gradient(m.float(), 0)
+    value, gradient = Surrogate([weight], grid, start).value_and_gradient(m.float(), 0)
 
-    unit = direct_value(torch.eye(size).double().expand(count, size, size), weight, grid, start, gram)
-    assert value.item() == pytest.approx(direct_value(m, weight, grid, start, gram) / unit, rel=1e-4)
+    unit = direct_value(torch.eye(size).double().expand(count, size, size), weight, grid, start)
+    assert value.item() == pytest.approx(direct_value(m, weight, grid, start) / unit, rel=1e-4)
     way = torch.randn(count, size, size, generator=generator, dtype=torch.float64)
-    ahead, behind = (direct_value(m + h * way, weight, grid, start, gram) / unit for h in (1e-5, -1e-5))
+    ahead, behind = (direct_value(m + h * way, weight, grid, start) / unit for h in (1e-5, -1e-5))
     assert (gradient * way).sum().item() / count == pytest.approx((ahead - behind) / 2e-5, rel=3e-3, abs=1e-3)
 
 
@@ -98,8 +86,8 @@ def test_learning_lowers_the_surrogate_and_the_true_error(width: int, size: int,
     for steps in (10, 60):
         transform = learned_transform([weight], size, grid, start, steps=steps)
         assert round_trip(transform) < 1e-5
-        again = Surrogate([weight], size, grid, transform)
-        before = Surrogate([weight], size, grid, start)
+        again = Surrogate([weight], grid, transform)
+        before = Surrogate([weight], grid, start)
         eye = torch.eye(size).repeat(width // size, 1, 1)
         change = torch.linalg.solve(start.matrices, transform.matrices)
         assert before.value_and_gradient(change, 0)[0] < before.value_and_gradient(eye, 0)[0]
@@ -130,16 +118,6 @@ def test_layers_that_share_an_input_are_learned_together():
         assert true_error(together, weight, grid) < true_error(start, weight, grid)
 
 
-def test_inputs_that_matter_more_are_rounded_better():
-    weight, grid, gram = make_weight(400, 64), Grid(3, 64), make_gram(64)
-    gram[:, 7] = gram[7, :] = 0  # silent
-    start = start_of([weight], 16)
-    seen, unseen = (learned_transform([weight], 16, grid, start, known, steps=200) for known in (gram, None))
-    assert round_trip(seen) < 1e-5
-    assert true_error(seen, weight, grid, gram) < 0.96 * true_error(unseen, weight, grid, gram)
-    assert true_error(unseen, weight, grid) < 0.96 * true_error(seen, weight, grid)
-
-
 def test_it_is_deterministic_and_leaves_random_numbers_and_weights_alone():
     weight, grid = make_weight(48, 64), Grid(4, 64)
     start, kept = start_of([weight], 64), weight.clone()
@@ -167,12 +145,12 @@ def test_large_layers_are_seen_in_turns(monkeypatch: pytest.MonkeyPatch):
     weight, grid = make_weight(160, 32), Grid(3, 32)
     start = start_of([weight], 32)
     monkeypatch.setattr(learned, "ROWS", 64)
-    surrogate = Surrogate([weight], 32, grid, start)
+    surrogate = Surrogate([weight], grid, start)
     eye = torch.eye(32)[None]
     values = [surrogate.value_and_gradient(eye, step)[0].item() for step in range(6)]
     assert values[:3] == values[3:] and len(set(values)) == 3
-    unit = direct_value(eye.double(), weight[::3], grid, start, None)
-    parts = [direct_value(eye.double(), weight[turn::3], grid, start, None) / unit for turn in range(3)]
+    unit = direct_value(eye.double(), weight[::3], grid, start)
+    parts = [direct_value(eye.double(), weight[turn::3], grid, start) / unit for turn in range(3)]
     assert values[:3] == pytest.approx(parts, rel=1e-4)
     transform = learned_transform([weight], 32, grid, start, steps=60)
     assert true_error(transform, weight, grid) < 0.9 * true_error(start, weight, grid)
@@ -208,28 +186,24 @@ def test_blocks_that_fail_stay_as_they_began():
     for rate in (1e3, 1e30):
         transform = learned_transform([weight], 32, grid, start, steps=20, learning_rate=rate)
         assert transform.matrices.isfinite().all() and round_trip(transform) < 1e-3
-    broken = learned_transform([weight], 32, grid, start, torch.zeros(64, 64), steps=20)
-    assert torch.equal(broken.matrices, start.matrices)
 
 
 @pytest.mark.parametrize("width", [43, 64, 86])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_the_best_is_never_worse_than_the_closed_forms(width: int, weighted: bool):
+def test_the_best_is_never_worse_than_the_closed_forms(width: int):
     weight, grid = make_weight(64, width), Grid(3, None)
-    gram = make_gram(width) if weighted else None
-    closed = best_transform([weight], grid, width, gram)
+    closed = best_transform([weight], grid, width)
     assert closed is not None
 
     def learn(start: BlockTransform, rate: float = 2e-2) -> BlockTransform:
         assert start.name == closed.name
-        return learned_transform([weight], width, grid, start, gram, steps=30, learning_rate=rate)
+        return learned_transform([weight], width, grid, start, steps=30, learning_rate=rate)
 
-    best = best_transform([weight], grid, width, gram, learn=learn)
+    best = best_transform([weight], grid, width, learn=learn)
     assert best is not None and best.name == f"learned from {closed.name}"
-    assert true_error(best, weight, grid, gram) < true_error(closed, weight, grid, gram)
+    assert true_error(best, weight, grid) < true_error(closed, weight, grid)
 
     def spoil(start: BlockTransform) -> BlockTransform:
         return BlockTransform(start.matrices * torch.logspace(0, 3, width), start.inverses, "spoilt")
 
-    kept = best_transform([weight], grid, width, gram, learn=spoil)
+    kept = best_transform([weight], grid, width, learn=spoil)
     assert kept is not None and kept.name == closed.name

@@ -97,13 +97,12 @@ def best_transform(
     weights: Sequence[Tensor],
     grid: Grid,
     size: int,
-    gram: Tensor | None = None,
     *,
     learn: Callable[[BlockTransform], BlockTransform] | None = None,
 ) -> BlockTransform | None:
     """The candidate with the least true error of the quantized weights, rounded to nearest; None for the identity.
 
-    - `weights`: (out, n) each, sharing their inputs, whose Gram matrix is `gram` (n, n), or white noise where None.
+    - `weights`: (out, n) each, sharing their inputs, which are taken for white noise.
     - `grid`: fitted to n. `size`: of the blocks, a divisor of n.
     - `learn`: makes one more candidate from the best of the others, such as by `learned_transform`.
     """
@@ -113,7 +112,7 @@ def best_transform(
         for weight in weights:
             moved = transform.forward(weight)
             lost = transform.backward(place_levels(moved, grid).nearest(moved).dequantize()) - weight
-            total += (lost.square().sum() if gram is None else ((lost @ gram.to(lost)) * lost).sum()).item()
+            total += lost.square().sum().item()
         return total
 
     found = candidates(weights, size)

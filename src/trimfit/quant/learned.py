@@ -2,9 +2,9 @@
 
 The paper trains an invertible matrix that need not be orthogonal; its loss and its optimiser are not known, so these
 are ours. A rounded weight is off by noise of variance s²/12, where the step s of its group follows the group's range.
-With U = W T and C the second moment of the inputs, the layer's expected error is, up to a constant,
+With U = W T and inputs that are white noise, the layer's expected error is, up to a constant,
 
-    Σ_groups  (Σ_rows range²(U_{row,group})) · Σ_{j in group} (T⁻¹ C T⁻ᵀ)_jj
+    Σ_groups  (Σ_rows range²(U_{row,group})) · Σ_{j in group} (T⁻¹ T⁻ᵀ)_jj
 
 Closed forms put the mean square of a group in place of its squared range, which knows nothing of outliers. Here it is
 the p-norm of the group, a smooth maximum. The straight-through gradient of the true error is that of the plain maximum,
@@ -23,7 +23,6 @@ from trimfit.refit.gram import widest
 
 LEARNING_RATE = 2e-2  # of the entries of M, which begins as the identity
 ROWS = 1024  # in one step; larger layers have other rows in the next
-_DAMPING = 0.01  # of C, of its mean diagonal: without it T could grow without bound where inputs are silent
 _LARGEST_CONDITION = 100.0  # of a block of M, in Frobenius norms over b; others stay as they began
 _LEAST = 1e-4  # of the largest weight: a range smaller than that cannot matter, and its powers would vanish
 
@@ -33,19 +32,18 @@ def learned_transform(
     size: int,
     grid: Grid,
     start: BlockTransform,
-    gram: Tensor | None = None,
     *,
     steps: int,
     learning_rate: float = LEARNING_RATE,
 ) -> BlockTransform:
     """`start` times diag(M_1, …, M_k), learned by Adam from M = I at a rate that falls to 0. Deterministic.
 
-    - `weights`: (out, n) each, sharing their inputs, whose Gram matrix is `gram` (n, n), or white noise where None.
+    - `weights`: (out, n) each, sharing their inputs.
     - `size`: of the blocks, that of `start`. `grid`: fitted to n.
 
     Nothing says that the rounded weights are nearer than with `start`: compare them (`best_transform`).
     """
-    surrogate = Surrogate(weights, size, grid, start, gram)
+    surrogate = Surrogate(weights, grid, start)
     m = torch.eye(size, device=start.matrices.device).repeat(len(start.matrices), 1, 1)
     optimizer = torch.optim.Adam([m], lr=learning_rate)
     for step in range(steps):
@@ -65,14 +63,7 @@ def learned_transform(
 class Surrogate:
     """The expected error as a function of M, for U = W · start · M, relative to its value at M = I."""
 
-    def __init__(
-        self,
-        weights: Sequence[Tensor],
-        size: int,
-        grid: Grid,
-        start: BlockTransform,
-        gram: Tensor | None = None,
-    ):
+    def __init__(self, weights: Sequence[Tensor], grid: Grid, start: BlockTransform):
         stacked = torch.cat([weight.detach().float() for weight in weights])
         largest = stacked.abs().amax().clamp(min=torch.finfo(stacked.dtype).tiny)  # or squares vanish or overflow
         self._weight = start.forward(stacked / largest)
@@ -80,9 +71,9 @@ class Surrogate:
         self._group = grid.group_size or stacked.shape[1]
         self._symmetric = grid.symmetric
         undone = start.inverses
-        self._noise = undone @ undone.mT if gram is None else undone @ _diagonal_blocks(gram, size) @ undone.mT
+        self._noise = undone @ undone.mT
         self._unit = torch.ones((), device=undone.device)
-        unit, _ = self.value_and_gradient(torch.eye(size, device=undone.device).expand_as(undone), 0)
+        unit, _ = self.value_and_gradient(torch.eye(undone.shape[1], device=undone.device).expand_as(undone), 0)
         self._unit = torch.where(unit > 0, unit, self._unit)
 
     def value_and_gradient(self, m: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -100,13 +91,6 @@ class Surrogate:
         column = squares.repeat_interleave(self._group).view(count, size, 1)
         gradient = blocks.mT @ slope - inverse.mT @ (2 * column * undone) @ inverse.mT
         return squares @ noise / self._unit, gradient * (count / self._unit)
-
-
-def _diagonal_blocks(gram: Tensor, size: int) -> Tensor:
-    """(k, b, b) blocks of the damped Gram matrix; others do not matter to errors that are not correlated."""
-    damped = gram.float() / gram.diagonal().mean()
-    damped.diagonal().add_(_DAMPING)
-    return damped.unflatten(0, (-1, size)).unflatten(2, (-1, size)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def _squared_ranges(groups: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:

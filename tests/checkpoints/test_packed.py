@@ -259,12 +259,12 @@ def test_a_skeleton_without_weights_is_enough(tmp_path: Path):
         skeleton = AutoModelForCausalLM.from_config(model.config)
     skeleton.generation_config = model.generation_config
     with atomic_directory(tmp_path / "out", overwrite=False) as beside:
-        writer = ShardWriter(beside, 10_000)
+        writer, plain = ShardWriter(beside, 10_000), plain_tensors(model, done)
         for prefix in ("model.layers.0.", "model.layers.1."):
-            writer.add(plain_tensors(model, done, prefix))
+            writer.add({name: tensor for name, tensor in plain.items() if name.startswith(prefix)})
             for name in (name for name in done if name.startswith(prefix)):
                 writer.add(packed_tensors(name, done[name]))
-        writer.add({name: tensor for name, tensor in plain_tensors(model, done).items() if ".layers." not in name})
+        writer.add({name: tensor for name, tensor in plain.items() if ".layers." not in name})
         writer.finish()
         finish_packed(skeleton, {name: layer.grid for name, layer in done.items()}, beside)
     assert_loads_equal(model, tmp_path / "out")

@@ -84,7 +84,7 @@ def test_learning_lowers_the_surrogate_and_the_true_error(width: int, size: int,
     start = start_of([weight], size)
     errors = [true_error(start, weight, grid)]
     for steps in (10, 60):
-        transform = learned_transform([weight], size, grid, start, steps=steps)
+        transform = learned_transform([weight], grid, start, steps=steps)
         assert round_trip(transform) < 1e-5
         again = Surrogate([weight], grid, transform)
         before = Surrogate([weight], grid, start)
@@ -100,10 +100,10 @@ def test_learning_lowers_the_surrogate_and_the_true_error(width: int, size: int,
 def test_it_starts_anywhere_and_says_where(name: str):
     weight, grid = make_weight(96, 64), Grid(3, 32)
     start = start_of([weight], 32, name)
-    transform = learned_transform([weight], 32, grid, start, steps=40)
+    transform = learned_transform([weight], grid, start, steps=40)
     assert transform.name == f"learned from {name}"
     assert true_error(transform, weight, grid) < 0.9 * true_error(start, weight, grid)
-    unmoved = learned_transform([weight], 32, grid, start, steps=0)
+    unmoved = learned_transform([weight], grid, start, steps=0)
     torch.testing.assert_close(unmoved.matrices, start.matrices, rtol=0, atol=0)
     torch.testing.assert_close(unmoved.inverses, start.inverses, rtol=0, atol=0)
 
@@ -111,8 +111,8 @@ def test_it_starts_anywhere_and_says_where(name: str):
 def test_layers_that_share_an_input_are_learned_together():
     first, second = make_weight(64, 64), make_weight(96, 64, seed=5)
     grid, start = Grid(3, 64), start_of([first, second], 64)
-    together = learned_transform([first, second], 64, grid, start, steps=40)
-    stacked = learned_transform([torch.cat([first, second])], 64, grid, start, steps=40)
+    together = learned_transform([first, second], grid, start, steps=40)
+    stacked = learned_transform([torch.cat([first, second])], grid, start, steps=40)
     torch.testing.assert_close(together.matrices, stacked.matrices, rtol=0, atol=0)
     for weight in (first, second):
         assert true_error(together, weight, grid) < true_error(start, weight, grid)
@@ -122,7 +122,7 @@ def test_it_is_deterministic_and_leaves_random_numbers_and_weights_alone():
     weight, grid = make_weight(48, 64), Grid(4, 64)
     start, kept = start_of([weight], 64), weight.clone()
     state = torch.random.get_rng_state()
-    first, second = (learned_transform([weight], 64, grid, start, steps=20) for _ in range(2))
+    first, second = (learned_transform([weight], grid, start, steps=20) for _ in range(2))
     assert torch.equal(first.matrices, second.matrices) and torch.equal(first.inverses, second.inverses)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(weight, kept)
@@ -132,12 +132,12 @@ def test_it_needs_no_gradients():
     with torch.inference_mode():
         weight, grid = make_weight(48, 64), Grid(4, 64)
         start = start_of([weight], 64)
-        inferred = learned_transform([weight], 64, grid, start, steps=10)
+        inferred = learned_transform([weight], grid, start, steps=10)
     with torch.no_grad():
-        plain = learned_transform([make_weight(48, 64)], 64, grid, start, steps=10)
+        plain = learned_transform([make_weight(48, 64)], grid, start, steps=10)
     assert torch.equal(inferred.matrices, plain.matrices)
     asked = make_weight(48, 64).requires_grad_()
-    learnt = learned_transform([asked], 64, grid, start, steps=10)
+    learnt = learned_transform([asked], grid, start, steps=10)
     assert torch.equal(learnt.matrices, plain.matrices) and not learnt.matrices.requires_grad
 
 
@@ -152,7 +152,7 @@ def test_large_layers_are_seen_in_turns(monkeypatch: pytest.MonkeyPatch):
     unit = direct_value(eye.double(), weight[::3], grid, start)
     parts = [direct_value(eye.double(), weight[turn::3], grid, start) / unit for turn in range(3)]
     assert values[:3] == pytest.approx(parts, rel=1e-4)
-    transform = learned_transform([weight], 32, grid, start, steps=60)
+    transform = learned_transform([weight], grid, start, steps=60)
     assert true_error(transform, weight, grid) < 0.9 * true_error(start, weight, grid)
     assert ROWS >= 512  # fewer say too little of a block of 128
 
@@ -174,7 +174,7 @@ def test_degenerate_weights_stay_finite_and_invertible(kind: str, group: int | N
     elif kind == "one sign":
         weight.abs_()
     start = start_of([weight], 32)
-    transform = learned_transform([weight], 32, Grid(3, group), start, steps=100)
+    transform = learned_transform([weight], Grid(3, group), start, steps=100)
     assert transform.matrices.isfinite().all() and transform.inverses.isfinite().all()
     assert round_trip(transform) < 1e-4
     assert torch.linalg.cond(torch.linalg.solve(start.matrices, transform.matrices)).max() < 1000
@@ -184,7 +184,7 @@ def test_blocks_that_fail_stay_as_they_began():
     weight, grid = make_weight(48, 64), Grid(3, 32)
     start = start_of([weight], 32)
     for rate in (1e3, 1e30):
-        transform = learned_transform([weight], 32, grid, start, steps=20, learning_rate=rate)
+        transform = learned_transform([weight], grid, start, steps=20, learning_rate=rate)
         assert transform.matrices.isfinite().all() and round_trip(transform) < 1e-3
 
 
@@ -196,7 +196,7 @@ def test_the_best_is_never_worse_than_the_closed_forms(width: int):
 
     def learn(start: BlockTransform, rate: float = 2e-2) -> BlockTransform:
         assert start.name == closed.name
-        return learned_transform([weight], width, grid, start, steps=30, learning_rate=rate)
+        return learned_transform([weight], grid, start, steps=30, learning_rate=rate)
 
     best = best_transform([weight], grid, width, learn=learn)
     assert best is not None and best.name == f"learned from {closed.name}"

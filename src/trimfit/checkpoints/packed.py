@@ -118,14 +118,14 @@ def check_packable(model: PreTrainedModel, grids: Mapping[str, Grid], *, online:
     check_experts(parts, grids, online=online)
 
 
-def plain_tensors(model: PreTrainedModel, layers: Collection[str], prefix: str = "") -> dict[str, Tensor]:
+def plain_tensors(model: PreTrainedModel, layers: Collection[str]) -> dict[str, Tensor]:
     """What a checkpoint holds beside the packed `layers`: norms, embeddings, biases; tied weights once.
 
-    Only names that begin with `prefix`, so that blocks can be written one by one. Tensors are the model's own.
+    Tensors are the model's own.
     """
     state = model.state_dict()
     left_out = {_holder(state, name) for name in layers} | _tied(model)
-    return {name: tensor for name, tensor in state.items() if name.startswith(prefix) and name not in left_out}
+    return {name: tensor for name, tensor in state.items() if name not in left_out}
 
 
 class BlockPacker:

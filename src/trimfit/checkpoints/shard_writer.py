@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from trimfit.checkpoints.shards import read_tensor, shard_files
+from trimfit.checkpoints.shards import read_spans, read_tensor, shard_files
 from trimfit.checkpoints.tensor_bytes import tensor_bytes, tensor_digest
 from trimfit.errors import RunError
 
@@ -55,34 +55,26 @@ class ShardWriter:
         Raises `ValueError` for a name that was added before.
         """
         for name, tensor in tensors.items():
-            if name in self._digests:
-                raise ValueError(f"{name} was added already")
+            self._register(name, tensor)
             if self._waiting_bytes + tensor.nbytes > self._shard_bytes:
                 self._write()
             with self._waiting_file.open("ab") as file:
                 file.write(tensor_bytes(tensor))
             self._waiting[name] = _Waiting(tensor.dtype, tuple(tensor.shape), self._waiting_bytes, tensor.nbytes)
             self._waiting_bytes += tensor.nbytes
-            self._digests[name] = tensor_digest(tensor)
-            self._total_bytes += tensor.nbytes
 
     def add_file(self, source: Path) -> None:
         """Takes a safetensors file, as it is, for one of those to write. It stays where it is, too.
 
         Raises `ValueError` for a name that was added before.
         """
-        with safe_open(source, framework="pt") as file:
-            names = list(file.keys())
-        if known := self._digests.keys() & names:
-            raise ValueError(f"{min(known)} was added already")
+        names = list(read_spans(source))
+        for name in names:
+            self._register(name, read_tensor(source, name))
         self._write()
         self._shards += 1
+        self._shard_of |= dict.fromkeys(names, self._shards)
         _link(source, self._part(self._shards))
-        for name in names:
-            tensor = read_tensor(source, name)
-            self._digests[name] = tensor_digest(tensor)
-            self._shard_of[name] = self._shards
-            self._total_bytes += tensor.nbytes
 
     def finish(self, stem: str = "model") -> None:
         """Writes what is left and gives all files their names, which only now can tell how many there are.
@@ -96,6 +88,12 @@ class ShardWriter:
         else:
             self._name_shards(stem)
         self._verify(stem)
+
+    def _register(self, name: str, tensor: Tensor) -> None:
+        if name in self._digests:
+            raise ValueError(f"{name} was added already")
+        self._digests[name] = tensor_digest(tensor)
+        self._total_bytes += tensor.nbytes
 
     def _name_shards(self, stem: str) -> None:
         files = {i: f"{stem}-{i:05d}-of-{self._shards:05d}.safetensors" for i in range(1, self._shards + 1)}

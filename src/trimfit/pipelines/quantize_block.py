@@ -190,7 +190,7 @@ class BlockWork:
         grid, steps = self.config.grid.fitted(width), self.config.learned_steps
 
         def learn(start: BlockTransform) -> BlockTransform:
-            return learned_transform(weights, size, grid, start, steps=steps)
+            return learned_transform(weights, grid, start, steps=steps)
 
         best = best_transform(weights, grid, size, learn=learn if steps else None)
         return None if best is None else _as_stored(best, self._dtypes[layers[0].name])

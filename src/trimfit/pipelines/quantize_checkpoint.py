@@ -119,7 +119,7 @@ def quantize_checkpoint(
                 format,
             )
             with atomic_directory(out, overwrite, run.result) as directory:
-                result.save(directory, run, record)
+                result.save(directory, result.kept(run), record)
                 record.save_windows(directory)
 
         observer.stage(f"writing {out}")

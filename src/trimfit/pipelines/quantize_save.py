@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -130,12 +131,11 @@ class Result:
 
     def kept(self, run: RunDirectory) -> KeptBlocks:
         """What is finished of it in the directory of its run."""
-        packer = BlockPacker(self._model) if self.format == "packed" else None
+        packer = self._packer if self.format == "packed" else None
         return KeptBlocks(run, self.config.grid, self.opened.device, packer)
 
-    def save(self, directory: Path, run: RunDirectory, record: QuantizeRecord) -> None:
+    def save(self, directory: Path, kept: KeptBlocks, record: QuantizeRecord) -> None:
         """Writes it with its records. Errors are those of the writers."""
-        kept = self.kept(run)
         if self.format == "dense" and isinstance(self.opened, Offloaded):
             self._patch(self.opened, directory, kept, record)
             return
@@ -165,7 +165,7 @@ class Result:
         shards.finish(record.sidecar(), written)
 
     def _pack(self, directory: Path, kept: KeptBlocks) -> None:
-        packer, writer = BlockPacker(self._model), ShardWriter(directory)
+        writer = ShardWriter(directory)
         blocks = [kept.packed(block) for block in self.blocks]
         small = sum(file.stat().st_size for file, _ in blocks) <= SHARD_BYTES
         transforms: dict[str, str] = {}
@@ -176,7 +176,7 @@ class Result:
             else:
                 writer.add_file(file)
         for name, tensor in self._outside():
-            writer.add(packer.plain({name: tensor}))
+            writer.add(self._packer.plain({name: tensor}))
         writer.finish(ONLINE if transforms else "model")
         finish_packed(self._model, _grids(self.blocks, self.config), directory, transforms)
 
@@ -186,6 +186,10 @@ class Result:
         for name, tensor in plain_tensors(self._model, ()).items():
             if not name.startswith(inside):
                 yield name, self.opened.stream.read(name) if isinstance(self.opened, Offloaded) else tensor
+
+    @cached_property
+    def _packer(self) -> BlockPacker:
+        return BlockPacker(self._model)
 
     @property
     def _model(self) -> Any:

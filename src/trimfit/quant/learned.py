@@ -29,7 +29,6 @@ _LEAST = 1e-4  # of the largest weight: a range smaller than that cannot matter,
 
 def learned_transform(
     weights: Sequence[Tensor],
-    size: int,
     grid: Grid,
     start: BlockTransform,
     *,
@@ -39,12 +38,13 @@ def learned_transform(
     """`start` times diag(M_1, …, M_k), learned by Adam from M = I at a rate that falls to 0. Deterministic.
 
     - `weights`: (out, n) each, sharing their inputs.
-    - `size`: of the blocks, that of `start`. `grid`: fitted to n.
+    - `grid`: fitted to n. `start`: its blocks are those of the result.
 
     Nothing says that the rounded weights are nearer than with `start`: compare them (`best_transform`).
     """
     surrogate = Surrogate(weights, grid, start)
-    m = torch.eye(size, device=start.matrices.device).repeat(len(start.matrices), 1, 1)
+    count, size, _ = start.matrices.shape
+    m = torch.eye(size, device=start.matrices.device).repeat(count, 1, 1)
     optimizer = torch.optim.Adam([m], lr=learning_rate)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)

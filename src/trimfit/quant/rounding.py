@@ -79,7 +79,7 @@ class _Solution:
         hessian = gram.raw.to(weight, copy=True)
         hessian.diagonal().add_(gram.damping_weight)
         hessian.diagonal()[gram.dead] = _DEAD * (gram.mean_diagonal or 1.0)
-        self._counts = torch.where(gram.dead, hessian.diagonal(), 1.0)
+        self._counts = torch.where(gram.dead, hessian.diagonal(), 1.0)  # over U_jj, which is 1 for a dead input
         self._hessian = hessian
         self._group = len(self._weight) // len(self._scale)
 

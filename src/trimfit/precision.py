@@ -1,10 +1,24 @@
-"""How exactly a GPU multiplies float32 matrices."""
+"""In which arithmetic a device multiplies matrices."""
 
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+_HALVES = (torch.bfloat16, torch.float16)
+_PRODUCTS = {
+    *(functional.linear, functional.conv1d, functional.scaled_dot_product_attention),
+    *(torch.einsum, torch.mv, torch.mm, torch.bmm, torch.matmul, torch.addmm, torch.baddbmm),
+    *(Tensor.mv, Tensor.mm, Tensor.bmm, Tensor.matmul, Tensor.addmm, Tensor.baddbmm),
+    *(Tensor.__matmul__, Tensor.__rmatmul__),
+    getattr(torch, "_grouped_mm", None),  # what torch.nn.functional.grouped_mm calls
+}
+_FEW = 32  # rows of a linear layer's input: the layer is then quicker than a copy of its weights
 
 
 @contextmanager
@@ -27,3 +41,49 @@ def tensor_float32(device: torch.device, *, allowed: bool) -> Generator[None]:
         yield
     finally:
         setattr(products, name, before)
+
+
+def half_products(device: torch.device) -> AbstractContextManager[object]:
+    """Products of bfloat16 or float16 matrices in float32, rounded once, while the context lasts, on slow CPUs.
+
+    CPUs without instructions for these dtypes take up to a hundred times as long in them. Those that have them sum in
+    float32, so the products here are as exact as there. It changes nothing on other CPUs and devices.
+    """
+    slow = {dtype for dtype in _HALVES if device.type == "cpu" and not in_hardware(dtype)}
+    return _InFloat32(slow) if slow else nullcontext()
+
+
+@cache
+def in_hardware(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for the dtype, and torch uses them."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    supported: Any = torch.ops.mkldnn
+    if dtype == torch.bfloat16:
+        return supported._is_mkldnn_bf16_supported()
+    return supported._is_mkldnn_fp16_supported()
+
+
+class _InFloat32(TorchFunctionMode):
+    def __init__(self, slow: set[torch.dtype]):
+        super().__init__()
+        self._slow = slow
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in _PRODUCTS or (dtype := self._slow_dtype([*args, *kwargs.values()])) is None:
+            return func(*args, **kwargs)
+        if func is functional.linear and args[0].shape[:-1].numel() < _FEW:
+            return func(*args, **kwargs)
+
+        def widen(x: Any) -> Any:
+            return x.float() if isinstance(x, Tensor) and x.dtype == dtype else x
+
+        return func(*map(widen, args), **{name: widen(x) for name, x in kwargs.items()}).to(dtype)
+
+    def _slow_dtype(self, arguments: list[Any]) -> torch.dtype | None:
+        """That of all matrices; None when it is quick, or when they differ, which is the operation's to refuse."""
+        dtypes = {x.dtype for x in arguments if isinstance(x, Tensor) and x.is_floating_point()}
+        return dtypes.pop() if len(dtypes) == 1 and dtypes <= self._slow else None

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from trimfit.precision import half_products
+
 _LONG_ENOUGH = 0.3  # seconds of one measurement
 _FILE_BYTES = 2**26
 _SIZE = {"cpu": 512}  # of square matrices: what takes milliseconds finds a moment without other jobs
@@ -41,7 +43,8 @@ class Throughput(BaseModel):
 def measure_throughput(device: torch.device, dtype: torch.dtype, folder: Path | None = None) -> Throughput:
     """Rates of `device` for a model of `dtype`, and of the disk of `folder`, by default that of temporary files."""
     wide = torch.float32 if device.type == "mps" else torch.float64
-    rates = {kind: gemm_rate(device, kind) for kind in {dtype, torch.float32, wide}}
+    with half_products(device):  # as forward passes are run
+        rates = {kind: gemm_rate(device, kind) for kind in {dtype, torch.float32, wide}}
     return Throughput(
         model=rates[dtype],
         float32=rates[torch.float32],
@@ -56,8 +59,7 @@ def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Flops per second of a product of two large square matrices."""
     size = _SIZE.get(device.type, _SIZE_ELSEWHERE)
     a = torch.randn(size, size, device=device).to(dtype)
-    out = torch.empty_like(a)
-    return 2 * size**3 / _seconds(lambda: torch.mm(a, a, out=out), device)
+    return 2 * size**3 / _seconds(lambda: torch.mm(a, a), device)
 
 
 def memory_rate(device: torch.device) -> float:

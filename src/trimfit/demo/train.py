@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from trimfit.calibration import standard_library
+from trimfit.precision import in_hardware
 
 DOCUMENT = "<|document|>"  # begins every document and every window
 CONTEXT = 512
@@ -104,7 +105,7 @@ def train(model: PreTrainedModel, tokens: torch.Tensor, bos: int, seed: int, ste
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
         windows = next(stream)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_hardware(torch.bfloat16)):
             loss = model(input_ids=windows, labels=windows).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

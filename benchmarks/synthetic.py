@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MixtralConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 _ADDS = ("o_proj", "down_proj")  # to the residual stream
-_GATES = ("gate_proj", "up_proj")
+_GATES = ("gate_proj", "up_proj", "gate_up_proj")
 _SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
@@ -45,6 +45,17 @@ def llama(
 SHAPES: dict[str, PreTrainedConfig] = {
     "tiny": llama(64, 128, 2, 4, 2, 128),
     "100M": llama(768, 2048, 12, 12, 12, 16000, tie_word_embeddings=True),
+    "experts": MixtralConfig(  # 113M parameters, 100M of them in experts
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        vocab_size=8000,
+        **_SPECIAL,
+    ),
     "Llama-3.2-1B": llama(2048, 8192, 16, 32, 8, 128256, tie_word_embeddings=True),
     "Llama-3.1-8B": llama(4096, 14336, 32, 32, 8, 128256),
     "Gemma-2-9B": Gemma2Config(
@@ -89,16 +100,19 @@ def fill(model: PreTrainedModel, seed: int = 0) -> None:
 
     shift = 1.0 if model.config.model_type.startswith("gemma") else 0.0  # whose norms multiply by 1 + w
     for name, parameter in model.named_parameters():
-        module = name.split(".")[-2]
+        *_, module, own = name.split(".")
         if "embed" in module:
             parameter.copy_(torch.cat([stream(len(rows)) for rows in parameter.split(2**14)]))
         elif parameter.dim() == 1:
             parameter.copy_(torch.exp(0.3 * normal(len(parameter))) - shift)
-        elif module in _ADDS:
-            parameter.copy_(0.3 * stream(parameter.shape[1]).T / parameter.shape[1] ** 0.5)
         else:
-            rows = torch.exp(0.5 * normal(len(parameter), 1)) if module in _GATES else 1.0
-            parameter.copy_(normal(*parameter.shape) * rows / parameter.shape[1] ** 0.5)
+            layer = own if parameter.dim() == 3 else module  # experts are slices of one parameter
+            for weight in parameter if parameter.dim() == 3 else [parameter]:
+                if layer in _ADDS:
+                    weight.copy_(0.3 * stream(weight.shape[1]).T / weight.shape[1] ** 0.5)
+                else:
+                    rows = torch.exp(0.5 * normal(len(weight), 1)) if layer in _GATES else 1.0
+                    weight.copy_(normal(*weight.shape) * rows / weight.shape[1] ** 0.5)
 
 
 def tokens(config: PreTrainedConfig, windows: int, length: int, seed: int = 0) -> Tensor:

@@ -55,7 +55,7 @@ def prune(
     row_weights: Annotated[
         str | None,
         typer.Option(
-            help="How rows of Q and K compete over a layer: equal, or by what the attention makes of them. "
+            help="What errors of Q and K count: equal, or by what attention makes of them, rows of a head together. "
             "\\[default: attention for joint]"
         ),
     ] = None,

@@ -11,29 +11,28 @@ from trimfit.models.structure import Block, Layer
 class QueryKey:
     """Q and K, made by a layer each; query heads come in runs of equal length that share a key head.
 
-    `key_heads` is the number of key heads; rows of a head lie side by side in both layers.
+    Rows of a head lie side by side in both layers.
     """
 
     query: Layer
     key: Layer
+    query_heads: int
     key_heads: int
 
 
 def find_query_key(model: PreTrainedModel, block: Block) -> QueryKey | None:
     """Q and K of a block, by the names that they have in most families.
 
-    None where they come from one layer, are not both to be compressed, or are normalised before their product.
+    None where they come from one layer, or are not both to be compressed.
     """
     layers = {layer.name.rpartition(".")[2]: layer for layer in block.layers}
     query, key = layers.get("q_proj"), layers.get("k_proj")
     if query is None or key is None:
         return None
-    parent = query.name.rpartition(".")[0]
-    siblings = [name for name, _ in model.get_submodule(parent).named_children()]
     config = model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     rows, key_rows = query.weight.shape[0], key.weight.shape[0]
-    if any("norm" in name for name in siblings) or key_rows % key_heads or rows * key_heads != key_rows * heads:
+    if key_rows % key_heads or rows * key_heads != key_rows * heads:
         return None
-    return QueryKey(query, key, key_heads)
+    return QueryKey(query, key, heads, key_heads)

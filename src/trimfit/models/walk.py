@@ -14,6 +14,8 @@ from trimfit.errors import InputError
 from trimfit.models.calls import Call, Chain
 from trimfit.models.experts import ExpertLinear, each_called
 from trimfit.models.groups import Group, find_groups
+from trimfit.models.heads import QueryKey
+from trimfit.models.logits import LogitCurvature
 from trimfit.models.mode import evaluation_mode
 from trimfit.models.placement import IN_MEMORY, Placement
 from trimfit.models.seen import add, add_drifted, see
@@ -157,6 +159,19 @@ class Walker:
             self._ahead.add(windows)
         with stage("gram"):
             return [total.value(self.model.device, self.ranks) for total in sums]
+
+    def logit_curvature(self, block: Block, pair: QueryKey, windows: str, tokens: int) -> dict[str, Tensor]:
+        """What errors in the outputs of Q and K cost, by layer name: see `LogitCurvature`.
+
+        With the weights as they now are, on the first of the windows, about as many as hold `tokens` tokens.
+        """
+        curvature = LogitCurvature(self.model, pair)
+        few = max(1, tokens // (self.batch_size * self.windows[windows].shape[1]))  # batches, of all ranks
+        numbers = list(range(few)) if windows in self.alone else self.ranks.share(range(few))
+        for number, kept in zip(numbers, self._hidden[windows], strict=False):
+            for place, window in enumerate(self._on_device(kept.get()).split(1)):  # logits of more take much memory
+                curvature.add(partial(self._run, block, window), seed=number * self.batch_size + place)
+        return curvature.value(self.ranks)
 
     def _run(self, block: Block, hidden: Tensor) -> Tensor:
         with stage("forward"), _experts_called([block]):

@@ -18,8 +18,9 @@ class PruneConfig(BaseModel):
     - `pattern`: "N:M", N kept of each M consecutive inputs; instead of `sparsity`.
     - `selector`: what picks the mask: "magnitude", "wanda", "sparsegpt", "thanos" or "joint".
     - `scope`: whether an unstructured mask counts per "row" or over the "layer"; None is the selector's own habit.
-    - `row_weights`: what an output counts when the rows of a layer compete: all "equal", or those of Q and K as much as
-      the "attention" logits make of them; None is "attention" for the selector joint, "equal" for others.
+    - `row_weights`: what errors in outputs count: all "equal", or those of Q and K as much as they change "attention":
+      the rows of a head are then refitted together, and compete so where a mask counts over the layer. None is
+      "attention" for the selector joint, "equal" for others.
     - `allocation`: how the sparsity is split over the layers: "uniform", the same in each; "owl", less in blocks with
       many outliers; "error", so that the estimated cost in nats is least; None is "error" for the selector joint,
       "uniform" for others and for an N:M pattern, which leaves nothing to split.
@@ -126,10 +127,8 @@ class PruneConfig(BaseModel):
 
     @property
     def weighs_rows(self) -> bool:
-        """Whether rows of Q and K compete by what the attention logits make of them."""
-        pattern = self.mask_pattern
-        asked = self.row_weights == "attention" or (self.row_weights is None and self.selector == "joint")
-        return asked and isinstance(pattern, Unstructured) and pattern.scope == "layer"
+        """Whether errors of Q and K count as much as the attention weights make of them."""
+        return self.row_weights == "attention" or (self.row_weights is None and self.selector == "joint")
 
     def make_solver(self) -> Solver | Auto:
         """The solver with the tolerance asked for."""

@@ -51,10 +51,16 @@ class Goal:
             return self._weight
         return self._weight - gram.solve(self.shift).to(self._weight.dtype)
 
-    def excess(self, weight: Tensor) -> float:
-        """‖X Ŵᵀ − Y‖² / T of `weight` Ŵ (out, in), less that of the dense weights: negative where Ŵ is nearer."""
+    def excess(self, weight: Tensor, metric: Tensor | None = None) -> float:
+        """‖X Ŵᵀ − Y‖² / T of `weight` Ŵ (out, in), less that of the dense weights: negative where Ŵ is nearer.
+
+        With a `metric` C (heads, d, d) that is the mean of eᵀ C e over the errors e of all heads and tokens.
+        """
         change = weight.to(self._gram.dtype) - self._weight.to(self._gram.dtype)
-        square = ((change @ self._gram) * change).sum(1).cpu().double().sum().item()
+        counted = change
+        if metric is not None:
+            counted = (metric.to(change.dtype) @ change.view(*metric.shape[:2], -1)).flatten(0, 1)
+        square = ((change @ self._gram) * counted).sum(1).cpu().double().sum().item()
         if self.shift is None:
             return square
-        return square + 2 * (change.to(self.shift.dtype) * self.shift).sum().item()
+        return square + 2 * (counted.to(self.shift.dtype) * self.shift).sum().item()

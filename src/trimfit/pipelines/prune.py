@@ -37,11 +37,11 @@ from trimfit.pipelines.observer import Observer, Silent
 from trimfit.pipelines.prune_layer import Inputs, prune_layer
 from trimfit.pipelines.records import LayerRecord, PruneReport, peak_memory, versions
 from trimfit.pipelines.reorder import reorder
-from trimfit.pipelines.row_weights import attention_row_weights
 from trimfit.ranks import ALONE, Ranks
 from trimfit.refit import FactoredGram
 from trimfit.timing import Clock, stage
 
+_CURVATURE_TOKENS = 2**13  # each a draw for the curvature of a head's logits, which has some hundred squared entries
 _LOSES_NOTHING = Unstructured(0, "layer")
 
 
@@ -223,9 +223,9 @@ def _prune_groups(
         with naming(group.layers[0]):
             fit, *rest = _reordered(group, orders, [fit, *rest], config, walker.ranks)
             held_out = rest[0] if rest and rest[0].tokens else None
-            row_weights = _row_weights(walker, block, group, fit) if config.weighs_rows else {}
+            metrics = _metrics(walker, block, group) if config.weighs_rows else {}
             factored = _factorise(group, patterns, fit, held_out, config, walker.ranks)
-            inputs = Inputs(factored, fit, held_out, row_weights, few)
+            inputs = Inputs(factored, fit, held_out, metrics, few)
         for layer in group.layers:
             yield prune_layer(layer, block.index, inputs, config, patterns[layer.name], walker.ranks)
 
@@ -243,12 +243,13 @@ def _reordered(
         return reorder(order, config.mask_pattern, moments, config.share, damping, ranks)
 
 
-def _row_weights(walker: Walker, block: Block, group: Group, fit: InputMoments) -> dict[str, Tensor]:
+def _metrics(walker: Walker, block: Block, group: Group) -> dict[str, Tensor]:
+    """What errors in the outputs of Q and K do to attention, where the group is theirs."""
     pair = find_query_key(walker.model, block)
     names = {layer.name for layer in group.layers}
     if pair is None or not {pair.query.name, pair.key.name} <= names:
         return {}
-    return attention_row_weights(pair, fit.gram)
+    return walker.logit_curvature(block, pair, "fit", _CURVATURE_TOKENS)
 
 
 def _factorise(

@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 
 from trimfit.calibration import InputMoments
-from trimfit.masks import SELECTORS, Pattern, Selection
+from trimfit.masks import NM, SELECTORS, Pattern, Selection
 from trimfit.models import Layer
 from trimfit.pipelines.checks import naming
 from trimfit.pipelines.config import PruneConfig
 from trimfit.pipelines.goal import Goal
 from trimfit.pipelines.layer_error import LayerErrorMeter
 from trimfit.pipelines.records import Accepted, LayerRecord, peak_memory
-from trimfit.pipelines.row_weights import usable
 from trimfit.pipelines.shared import shared_refit
 from trimfit.ranks import ALONE, Ranks
 from trimfit.refit import FactoredGram, RefitSolution
@@ -27,14 +26,15 @@ _CLEARLY = 0.01  # nearer by this share: a selector's own weights may be the opt
 class Inputs:
     """What is known of a group's inputs: the factorised Gram matrix, and the second moments it was made of.
 
-    `row_weights`, by layer name, are (out,) for layers whose rows do not count the same. `few_tokens` is told to the
-    record. Where `calibration` is of no tokens at all there is nothing to refit to.
+    `metrics`, by layer name, are (heads, d, d) what errors in the outputs of each head cost, for layers whose rows do
+    not count the same. `few_tokens` is told to the record. Where `calibration` is of no tokens at all there is nothing
+    to refit to.
     """
 
     factored: FactoredGram
     calibration: InputMoments
     held_out: InputMoments | None
-    row_weights: dict[str, Tensor]
+    metrics: dict[str, Tensor]
     few_tokens: bool = False
 
 
@@ -46,10 +46,10 @@ def prune_layer(
     dense = layer.weight.float().clone(memory_format=torch.contiguous_format)  # GPT-2 keeps it transposed
     goal = Goal(dense, inputs.calibration, config.share)
     with naming(layer):
-        row_weights = inputs.row_weights.get(layer.name)
+        metric = inputs.metrics.get(layer.name)
         with stage("mask"):
             unpruned = goal.unpruned(inputs.factored)
-            selection = _same(_select(unpruned, inputs.factored, config.selector, pattern, row_weights), ranks)
+            selection = _same(_select(unpruned, inputs.factored, config.selector, pattern, metric), ranks)
         masked = torch.where(selection.mask, dense, 0.0)
         candidates: dict[Accepted, Tensor] = {"none": masked}
         solution: RefitSolution | None = None
@@ -68,12 +68,13 @@ def prune_layer(
                     target=target,
                     solver=config.make_solver(),
                     start=selection.weight,
+                    metric=metric,
                     ranks=ranks,
                 )
             candidates = {"optimal": solution.weight, **candidates}
         if whole:  # the optimum for a dead input is its dense weight, and none is to be lost
             candidates = {name: torch.where(inputs.factored.dead, dense, w) for name, w in candidates.items()}
-    accepted: Accepted = ranks.first(lambda: _accepted(candidates, dense, inputs.held_out, config))
+    accepted: Accepted = ranks.first(lambda: _accepted(candidates, dense, inputs.held_out, config, metric))
     if accepted != "optimal":
         solution = None
     weight = candidates[accepted]
@@ -103,16 +104,21 @@ def prune_layer(
     )
 
 
-def _select(
-    weight: Tensor, gram: FactoredGram, selector: str, pattern: Pattern, row_weights: Tensor | None
-) -> Selection:
-    """The selection for rows that count differently is that for rows multiplied by their weights."""
+def _select(weight: Tensor, gram: FactoredGram, selector: str, pattern: Pattern, metric: Tensor | None) -> Selection:
+    """Rows that compete and count differently are multiplied, while the mask is chosen, by what each counts alone."""
     select = SELECTORS[selector].select
-    if row_weights is None:
+    if metric is None or isinstance(pattern, NM) or pattern.scope == "row":
         return select(weight, gram, pattern)
-    scale = usable(row_weights)
+    scale = row_scale(metric).to(weight.dtype)
     chosen = select(weight * scale, gram, pattern)
     return Selection(chosen.mask, None if chosen.weight is None else chosen.weight / scale)
+
+
+def row_scale(metric: Tensor) -> Tensor:
+    """(out, 1) root of what each row counts, relative to the mean; none so small that the row vanishes."""
+    counts = metric.diagonal(dim1=1, dim2=2).flatten().clamp_min(0).sqrt()
+    mean = counts.mean()
+    return (counts / mean).clamp_min(1e-4)[:, None] if mean > 0 else torch.ones_like(counts)[:, None]
 
 
 def _same(selection: Selection, ranks: Ranks) -> Selection:
@@ -122,13 +128,17 @@ def _same(selection: Selection, ranks: Ranks) -> Selection:
 
 
 def _accepted(
-    candidates: dict[Accepted, Tensor], dense: Tensor, held_out: InputMoments | None, config: PruneConfig
+    candidates: dict[Accepted, Tensor],
+    dense: Tensor,
+    held_out: InputMoments | None,
+    config: PruneConfig,
+    metric: Tensor | None,
 ) -> Accepted:
     """The first of the candidates, unless a simpler one behind it is clearly nearer to the goal on held-out tokens."""
     first = next(iter(candidates))
     if held_out is None or not config.guard:
         return first
     goal = Goal(dense, held_out, config.share)
-    excess: dict[Accepted, float] = {name: goal.excess(weight) for name, weight in candidates.items()}
+    excess: dict[Accepted, float] = {name: goal.excess(weight, metric) for name, weight in candidates.items()}
     best = min(excess, key=lambda name: excess[name])
     return best if excess[first] - excess[best] > _CLEARLY * abs(excess[first]) else first

@@ -12,7 +12,17 @@ from trimfit.pipelines.records import LayerRecord
 from trimfit.quant import Grid, Quantized
 from trimfit.quant.blocks import BlockTransform
 from trimfit.ranks import Ranks
-from trimfit.refit import Auto, Certificate, FactoredGram, RefitSolution, Solver, Status, refit
+from trimfit.refit import (
+    Auto,
+    Certificate,
+    ConjugateGradients,
+    FactoredGram,
+    RefitSolution,
+    Solver,
+    Status,
+    refit,
+    refit_together,
+)
 
 _FEWEST_ROWS = {"cpu": 64}  # in a chunk: fewer are no work for a GEMM
 _FEWEST_ROWS_ELSEWHERE = 1024
@@ -27,26 +37,37 @@ def shared_refit(
     target: Tensor | None,
     start: Tensor | None,
     solver: Solver | Auto,
+    metric: Tensor | None,
     ranks: Ranks,
 ) -> RefitSolution:
-    """As `refit`, in chunks of rows that are the same however many processes share them, and so is the result."""
-    if isinstance(solver, Auto):
+    """As `refit`, in chunks of rows that are the same however many processes share them, and so is the result.
+
+    With a `metric` (runs, d, d) as `refit_together`, always by conjugate gradients.
+    """
+    together = 1 if metric is None else metric.shape[1]
+    if metric is not None:
+        solver = ConjugateGradients("masked_inverse", solver.tolerance)
+    elif isinstance(solver, Auto):
         solver = solver.choose(gram.certifiable, mask)  # for all rows
     fewest = _FEWEST_ROWS.get(weight.device.type, _FEWEST_ROWS_ELSEWHERE)
     chosen, size = solver, max(fewest, -(-len(weight) // _MOST_CHUNKS))
+    size = -(-size // together) * together
 
     def solve(rows: slice) -> RefitSolution:
         goal, first = (None if what is None else what[rows] for what in (target, start))
-        return refit(gram, weight[rows], mask[rows], target=goal, start=first, solver=chosen)
+        if metric is None or not isinstance(chosen, ConjugateGradients):
+            return refit(gram, weight[rows], mask[rows], target=goal, start=first, solver=chosen)
+        runs = metric[rows.start // together : rows.stop // together]
+        return refit_together(gram, weight[rows], mask[rows], runs, target=goal, start=first, solver=chosen)
 
     chunks = [slice(first, min(first + size, len(weight))) for first in range(0, len(weight), size)]
     own = [solve(rows) for rows in ranks.share(chunks)]
     statuses, counts = list(Status), [rows.stop - rows.start for rows in chunks]
     certificates = [(part.certificate.gap, part.certificate.gain, part.certificate.scale) for part in own]
-    bound = gram.certifiable.raw.new_empty(0)
+    bound, programs = gram.certifiable.raw.new_empty(0), [count // together for count in counts]
     return RefitSolution(
         weight=ranks.gather([part.weight for part in own], counts, weight.float()),
-        certificate=Certificate(*(ranks.gather([c[i] for c in certificates], counts, bound) for i in range(3))),
+        certificate=Certificate(*(ranks.gather([c[i] for c in certificates], programs, bound) for i in range(3))),
         status=statuses[int(ranks.largest(max((statuses.index(part.status) for part in own), default=0)))],
         steps=int(ranks.largest(max((part.steps for part in own), default=0))),
         damping=gram.certifiable.damping,

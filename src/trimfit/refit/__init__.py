@@ -9,3 +9,4 @@ from trimfit.refit.refit import RefitSolution as RefitSolution
 from trimfit.refit.refit import Status as Status
 from trimfit.refit.refit import refit as refit
 from trimfit.refit.solver import Solver as Solver
+from trimfit.refit.together import refit_together as refit_together

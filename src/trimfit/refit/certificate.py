@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trimfit.refit.problem import Problem, unit_rounding
 
-_SMALLEST_GAIN = 1e-8  # of |f|: below it a gain is lost in the rounding of stored weights
+SMALLEST_GAIN = 1e-8  # of |f|: below it a gain is lost in the rounding of stored weights
 
 
 @dataclass(frozen=True)
@@ -76,21 +76,25 @@ def certify(problem: Problem, weight: Tensor) -> tuple[Certificate, Tensor]:
 def _certify(problem: Problem, point: Tensor, gradient: Tensor) -> tuple[Certificate, Tensor]:
     gram = problem.gram
     residual = gradient * problem.mask
-    rounding = _rounding(problem, point)
+    rounding = rounding_of_gradient(problem, point)
     whitened = torch.linalg.solve_triangular(gram.cholesky, residual.T, upper=False).norm(dim=0)
     # ‖δ‖ in the H⁻¹-norm is at most ‖δ‖₂·√‖H⁻¹‖₂.
     gap = (whitened + rounding * gram.inverse_norm**0.5).square() / (2 * (1 - gram.slack))
     gap = torch.where(problem.mask.any(1), gap, 0.0)  # nothing is free in a row without kept weights
     change, slope = point - problem.start, gradient + problem.start_gradient
-    lost = rounding + _rounding(problem, problem.start) + (gram.size + 8) * unit_rounding(slope) * slope.norm(dim=1)
+    lost = (
+        rounding
+        + rounding_of_gradient(problem, problem.start)
+        + (gram.size + 8) * unit_rounding(slope) * slope.norm(dim=1)
+    )
     gain = ((change * slope).sum(1) - change.norm(dim=1) * lost) / 2
     objective = -(point * (gradient + problem.linear)).sum(1) / 2
     single = problem.linear.square().amax(1) / 2  # with a unit diagonal; not 0 where f(w) is, unless the row is
-    floor = _SMALLEST_GAIN * torch.maximum(objective.abs(), single)
+    floor = SMALLEST_GAIN * torch.maximum(objective.abs(), single)
     return Certificate(gap, gain, torch.maximum(gain, floor)), residual
 
 
-def _rounding(problem: Problem, point: Tensor) -> Tensor:
+def rounding_of_gradient(problem: Problem, point: Tensor) -> Tensor:
     """(m,) bound on the 2-norm of the rounding error in the gradient.
 
     A product of k kept weights with a column of H errs by at most k·u·Σ|v_i·H_ij|, over all columns in the 2-norm by

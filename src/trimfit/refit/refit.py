@@ -88,7 +88,7 @@ def refit(
         raise InputError("damping belongs to the FactoredGram when one is given: leave it out here")
     check(gram, weight, mask, target)
     if start is not None:
-        _check_start(start, weight)
+        check_start(start, weight)
     gram = gram.certifiable
     chosen = solver or Auto()
     if isinstance(chosen, Auto):
@@ -169,7 +169,7 @@ def _correct(problem: Problem, residual: Tensor, gain: Tensor, solver: Solver, m
     return correction * unit * problem.gram.scale, taken
 
 
-def _check_start(start: Tensor, weight: Tensor) -> None:
+def check_start(start: Tensor, weight: Tensor) -> None:
     """Raises `InputError` where `start` could not stand in for `weight`."""
     if start.shape != weight.shape or not start.is_floating_point() or start.device != weight.device:
         raise InputError(

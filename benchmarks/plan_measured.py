@@ -1,6 +1,6 @@
-"""What `trimfit quantize --plan` says beside what the run takes: CPU seconds and peak memory of whole processes.
+"""What `trimfit prune --plan` and `quantize --plan` say beside what the run takes: CPU seconds and peak of a process.
 
-    python benchmarks/quantize_plan.py [--shape 100M --blocks 2] [--cases dense packed ...]
+    python benchmarks/plan_measured.py [--shape 100M --blocks 2] [--cases dense packed ...]
 
 `--shape` is a model from a config with synthetic weights (synthetic.py) and 64 windows of 512 tokens; without it the
 embedded model and 64 of 256. Seconds are those beyond a process that only imports. Prints a Markdown table.
@@ -18,17 +18,21 @@ from common import machine
 from prune_time import write
 
 COMMAND = "from trimfit.cli.main import main; main()"
-IMPORTS = "import trimfit.pipelines.quantize_checkpoint, trimfit.pipelines.plan"
+IMPORTS = "import trimfit.pipelines.prune_checkpoint, trimfit.pipelines.quantize_checkpoint, trimfit.pipelines.plan"
+WINDOWS = ("--calibration", "demo", "--samples", "64", "--sequence-length", "256")
 CASES = {
-    "dense": ["--format", "dense"],
-    "dense, offloaded": ["--format", "dense", "--offload"],
-    "packed": [],
-    "packed, calibrated": ["--calibration", "demo", "--samples", "64", "--sequence-length", "256"],
-    "packed, calibrated, offloaded": [
-        *("--calibration", "demo", "--samples", "64", "--sequence-length", "256", "--offload")
-    ],
-    "packed, nearest": ["--transform", "none", "--rounding", "nearest"],
-    "online": ["--transform", "online"],
+    "prune: Wanda, layer target": ["prune", "--selector", "wanda", "--target", "layer", *WINDOWS],
+    "prune: joint, dense target": ["prune", *WINDOWS],
+    "prune: joint, offloaded": ["prune", "--offload", *WINDOWS],
+    "dense": ["quantize", "--format", "dense"],
+    "dense, offloaded": ["quantize", "--format", "dense", "--offload"],
+    "packed": ["quantize"],
+    "packed, calibrated": ["quantize", *WINDOWS],
+    "packed, calibrated, offloaded": ["quantize", *WINDOWS, "--offload"],
+    "packed, nearest": ["quantize", "--transform", "none", "--rounding", "nearest"],
+    "packed, paper": ["quantize", "--transform", "paper"],
+    "gguf": ["quantize", "--format", "gguf", "--symmetric", "--group-size", "32"],
+    "online": ["quantize", "--transform", "online"],
 }
 
 
@@ -66,8 +70,9 @@ def main() -> None:
             windows = write(arguments.shape, arguments.blocks, Path(folder) / "model")
         stages: dict[str, dict[str, float]] = {}
         for name in arguments.cases:
-            drawn = windows if "--calibration" in CASES[name] else []  # given last, so they replace the case's own
-            options = ["quantize", model, "-o", str(Path(folder) / "out"), "--overwrite", *CASES[name], *drawn]
+            verb, *chosen = CASES[name]
+            drawn = windows if "--calibration" in chosen else []  # given last, so they replace the case's own
+            options = [verb, model, "-o", str(Path(folder) / "out"), "--overwrite", *chosen, *drawn]
             seconds, mebibytes, stages[name] = plan(*options)
             taken, peak = measure(COMMAND, *options, "--json")
             taken -= start

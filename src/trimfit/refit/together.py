@@ -1,0 +1,240 @@
+"""Rows that count together, such as those of an attention head: one quadratic program for all rows of a run.
+
+For each run of d rows W with kept set S, and a metric C (d, d) of what errors in their outputs cost, positive definite:
+
+    minimise  ½ tr(C W H Wᵀ) − tr(C G Wᵀ)  subject to  W = 0 off S.
+
+The matrix of its d·n unknowns is C ⊗ H, and with the residual R = (C (G − W H))_S the proof of docs/method.md gives
+f(W) − f* ≤ ½ tr(C⁻¹ R H⁻¹ Rᵀ). With C = I these are the programs of `refit`, row by row.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimfit.errors import InputError
+from trimfit.precision import tensor_float32
+from trimfit.refit.certificate import SMALLEST_GAIN, Certificate, rounding_of_gradient
+from trimfit.refit.conjugate_gradients import ConjugateGradients
+from trimfit.refit.gram import FactoredGram
+from trimfit.refit.problem import Problem, check, make_problem, unit_rounding
+from trimfit.refit.refit import RefitSolution, Status, check_start
+from trimfit.refit.solver import working_dtype
+
+_DAMPING = 0.01  # of the mean diagonal of C: draws that it is the mean of are few in some directions
+_CHUNK_ELEMENTS = 2**25  # of the runs solved together, to bound memory
+_SAFETY = 0.5  # of the tolerance, since residuals are updated in the iteration and recomputed behind it
+
+
+@torch.no_grad()
+def refit_together(
+    gram: FactoredGram,
+    weight: Tensor,
+    mask: Tensor,
+    metric: Tensor,
+    *,
+    target: Tensor | None = None,
+    start: Tensor | None = None,
+    solver: ConjugateGradients | None = None,
+) -> RefitSolution:
+    """Optimal weights for a given mask where errors of d rows count together.
+
+    **Arguments**
+
+    - `metric`: (b, d, d) C of each of b = m / d runs of consecutive rows, symmetric, positive semi-definite. Only its
+      shape counts, not its size; 0.01 of its mean diagonal is added to the diagonal. A run of zeros counts as C = I.
+    - `gram`, `weight` (m, n), `mask`, `target`, `start`: as for `refit`.
+    - `solver`: tolerance and step limit; always preconditioned with C⁻¹ ⊗ H⁻¹.
+
+    **Returns** a `RefitSolution` whose certificate is of the b runs, never worse than the masked weights.
+
+    Raises `InputError` for shapes that do not fit and for NaN or infinite entries.
+    """
+    began = time.perf_counter()
+    solver = solver or ConjugateGradients()
+    check(gram, weight, mask, target)
+    _check_metric(metric, weight)
+    if start is not None:
+        check_start(start, weight)
+    gram = gram.certifiable
+    size = metric.shape[1]
+    runs = max(1, _CHUNK_ELEMENTS // (size * gram.size))
+    targets, starts = (
+        [None] * len(weight) if what is None else list(what.split(runs * size)) for what in (target, start)
+    )
+    parts = [
+        _solve(_Together(make_problem(gram, dense, kept, goal), some), dense, first, solver)
+        for dense, kept, some, goal, first in zip(
+            weight.split(runs * size), mask.split(runs * size), metric.split(runs), targets, starts, strict=False
+        )
+    ]
+    return RefitSolution(
+        weight=torch.cat([part.weight for part in parts]).to(weight.device),
+        certificate=Certificate.concatenate([part.certificate for part in parts]),
+        status=max((part.status for part in parts), key=list(Status).index),
+        steps=max(part.steps for part in parts),
+        damping=gram.damping,
+        solver=solver,
+        seconds=time.perf_counter() - began,
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    weight: Tensor
+    certificate: Certificate
+    status: Status
+    steps: int
+
+
+class _Together:
+    """The programs of b runs in unit-diagonal coordinates, all tensors (b, d, n)."""
+
+    def __init__(self, problem: Problem, metric: Tensor):
+        self.problem, self.gram = problem, problem.gram
+        self.metric = _damped(metric.to(problem.linear.device).to(problem.linear.dtype))
+        self.factor = torch.linalg.cholesky(self.metric)
+        self.inverse = torch.cholesky_inverse(self.factor)
+        self.mask, self.start = self.by_run(problem.mask), self.by_run(problem.start)
+        self.linear = self.metric @ self.by_run(problem.linear)
+        self.start_gradient = self.metric @ self.by_run(problem.start_gradient)
+
+    def by_run(self, rows: Tensor) -> Tensor:
+        """Rows (m, n) as (b, d, n)."""
+        return rows.view(*self.metric.shape[:2], -1)
+
+    def certify(self, weight: Tensor) -> tuple[Certificate, Tensor]:
+        """Certificate (b,) of `weight` (m, n), and its residual (b, d, n)."""
+        problem, gram = self.problem, self.gram
+        point = weight.to(problem.linear.dtype) / gram.scale
+        plain = problem.linear - point @ gram.matrix
+        gradient = self.metric @ self.by_run(plain)
+        residual = gradient * self.mask
+        norm, inverse_norm = (_norm(matrix) for matrix in (self.metric, self.inverse))
+        lost = self._lost(point, plain, norm)
+        half = torch.linalg.solve_triangular(gram.cholesky, residual.flatten(0, 1).T, upper=False).T
+        whitened = _norm(torch.linalg.solve_triangular(self.factor, self.by_run(half), upper=False))
+        # As for one row: ‖δ‖ in the norm of (C ⊗ H)⁻¹ is at most ‖δ‖₂·√(‖C⁻¹‖‖H⁻¹‖).
+        size, unit = self.metric.shape[1], unit_rounding(point)
+        slack = 2 * (size + 8) * self.metric.diagonal(dim1=1, dim2=2).sum(1) * unit * inverse_norm
+        bound = whitened + lost * (inverse_norm * gram.inverse_norm).sqrt()
+        gap = bound.square() / (2 * (1 - gram.slack) * (1 - slack))
+        gap = torch.where(self.mask.flatten(1).any(1), gap, 0.0)
+        point = self.by_run(point)
+        change, slope = point - self.start, gradient + self.start_gradient
+        lost = lost + self._lost(problem.start, problem.start_gradient, norm)
+        lost = lost + (slope[0].numel() + 8) * unit * _norm(slope)
+        gain = (_dot(change, slope) - _norm(change) * lost) / 2
+        objective = -_dot(point, gradient + self.linear) / 2
+        single = (self.linear.square() / self.metric.diagonal(dim1=1, dim2=2)[..., None]).flatten(1).amax(1) / 2
+        floor = SMALLEST_GAIN * torch.maximum(objective.abs(), single)
+        return Certificate(gap, gain, torch.maximum(gain, floor)), residual
+
+    def _lost(self, point: Tensor, plain: Tensor, norm: Tensor) -> Tensor:
+        """(b,) bound on the 2-norm of the rounding error in C·`plain`, the gradient at `point`."""
+        rows = rounding_of_gradient(self.problem, point).view(self.metric.shape[:2])
+        product = (self.metric.shape[1] + 8) * unit_rounding(point) * _norm(self.by_run(plain))
+        return norm * (rows.norm(dim=1) + product)
+
+
+def _solve(programs: _Together, dense: Tensor, start: Tensor | None, solver: ConjugateGradients) -> _Part:
+    """Iterative refinement, as in `refit`: what the exact residual shows is corrected until every run is certified."""
+    problem, dtype = programs.problem, torch.promote_types(dense.dtype, torch.float32)
+    weight = torch.where(problem.mask, dense.to(problem.mask.device), 0).to(dtype)
+    state = _State(weight, *programs.certify(weight))
+    if start is not None:
+        state, _ = _better(programs, state, torch.where(problem.mask, start.to(weight.device), 0).to(dtype))
+    steps = 0
+    while not bool((state.certificate.relative <= solver.tolerance).all()):
+        if steps >= solver.max_steps:
+            return _Part(state.weight, state.certificate, Status.STEP_LIMIT, steps)
+        correction, taken = _descend(programs, state, solver, solver.max_steps - steps)
+        steps += taken
+        moved = state.weight + correction.flatten(0, 1) * problem.gram.scale
+        state, any_better = _better(programs, state, moved.to(dtype))
+        if not any_better:
+            return _Part(state.weight, state.certificate, Status.PRECISION_LIMIT, steps)
+    return _Part(state.weight, state.certificate, Status.OPTIMAL, steps)
+
+
+@dataclass(frozen=True)
+class _State:
+    """Weights (m, n), their certificate (b,) and their residual (b, d, n)."""
+
+    weight: Tensor
+    certificate: Certificate
+    residual: Tensor
+
+
+def _better(programs: _Together, state: _State, weight: Tensor) -> tuple[_State, bool]:
+    """The state with those runs of other weights (m, n) that gain more or are proven nearer; whether there are any."""
+    (certificate, residual), before = programs.certify(weight), state.certificate
+    nearer = (certificate.gap < before.gap) & (certificate.gain >= 0)
+    better = torch.isfinite(certificate.gap) & ((certificate.gain > before.gain) | nearer)
+    runs = better.nonzero()[:, 0]
+    rows = better.repeat_interleave(residual.shape[1])[:, None]
+    return _State(
+        torch.where(rows, weight, state.weight),
+        before.replace(runs, certificate.rows(runs)),
+        torch.where(better[:, None, None], residual, state.residual),
+    ), len(runs) > 0
+
+
+def _descend(programs: _Together, state: _State, solver: ConjugateGradients, max_steps: int) -> tuple[Tensor, int]:
+    """Conjugate gradients on all runs at once, preconditioned with C⁻¹ ⊗ H⁻¹ on the mask: a correction, the steps."""
+    gram, residual = programs.gram, state.residual
+    dtype = working_dtype(gram, solver.dtype)
+    unit = residual.flatten(1).abs().amax(1)[:, None, None]
+    unit = torch.where(unit > 0, unit, 1.0)  # so that no run overflows or vanishes in that dtype
+    enough = _SAFETY * solver.tolerance * (state.certificate.scale / unit.flatten().square()).to(dtype)
+    matrix, inverse = gram.matrix.to(dtype), gram.inverse.to(dtype)
+    metric, undone, keep = (what.to(dtype) for what in (programs.metric, programs.inverse, programs.mask))
+    x, r = torch.zeros_like(residual, dtype=dtype), (residual / unit).to(dtype)
+    steps = 0
+    with tensor_float32(residual.device, allowed=False), torch.autocast(residual.device.type, enabled=False):
+        z = (undone @ (r @ inverse)).mul_(keep)
+        p, rz = z.clone(), _dot(r, z)
+        while steps < max_steps and bool((rz / 2 > enough).any()):  # ½ r·z bounds what is left
+            q = (metric @ (p @ matrix)).mul_(keep)
+            length = _ratio(rz, _dot(p, q))
+            x.addcmul_(length, p)
+            r.addcmul_(length, q, value=-1)
+            z = (undone @ (r @ inverse)).mul_(keep)
+            before, rz = rz, _dot(r, z)
+            p = torch.addcmul(z, _ratio(rz, before), p)
+            steps += 1
+    return x.to(residual.dtype) * unit, steps
+
+
+def _damped(metric: Tensor) -> Tensor:
+    """With mean diagonal 1 and some damping; the identity where it was 0."""
+    identity = torch.eye(metric.shape[1], dtype=metric.dtype, device=metric.device)
+    mean = metric.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    return torch.where(mean > 0, (metric + metric.mT) / (2 * mean), identity) + _DAMPING * identity
+
+
+def _check_metric(metric: Tensor, weight: Tensor) -> None:
+    if metric.dim() != 3 or metric.shape[1] != metric.shape[2] or metric.shape[0] * metric.shape[1] != len(weight):
+        raise InputError(
+            f"the metric must have shape (runs, d, d) with runs · d = {len(weight)} rows, but its shape is "
+            f"{tuple(metric.shape)}"
+        )
+    if not torch.isfinite(metric).all() or (metric.diagonal(dim1=1, dim2=2) < 0).any():
+        raise InputError("the metric has NaN, infinite or negative diagonal entries: it is no mean of squares")
+
+
+def _norm(runs: Tensor) -> Tensor:
+    """(b,) Frobenius norms."""
+    return runs.flatten(1).norm(dim=1)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """(b,) products of the runs."""
+    return (a * b).flatten(1).sum(1)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """(b, 1, 1) quotient that is 0 for a run with nothing left to do."""
+    return torch.where(denominator > 0, numerator / denominator, 0.0)[:, None, None]

@@ -41,7 +41,7 @@ from trimfit.ranks import ALONE, Ranks
 from trimfit.refit import FactoredGram
 from trimfit.timing import Clock, stage
 
-_CURVATURE_TOKENS = 2**13  # each a draw for the curvature of a head's logits, which has some hundred squared entries
+_CURVATURE_TOKENS = 2**12  # each a draw for the curvature of a head's logits, which has some hundred squared entries
 _LOSES_NOTHING = Unstructured(0, "layer")
 
 

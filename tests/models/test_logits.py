@@ -8,8 +8,10 @@ from families import ALL_FAMILIES, EXPERT_FAMILIES, FAMILIES, LENGTH, windows
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trimfit.models import Walker, find_blocks, find_query_key
+from trimfit.models import Walker, find_blocks, find_query_key, logits
 from trimfit.models.hooks import after
+from trimfit.models.logits import LogitCurvature
+from trimfit.ranks import ALONE
 
 TOKENS = windows(4)
 MANY = TOKENS.repeat(64, 1)  # draws for the same tokens
@@ -97,6 +99,16 @@ def test_batches_do_not_matter():
             torch.testing.assert_close(one[name], other[name])
 
 
+def test_of_long_windows_some_queries_are_enough(monkeypatch: pytest.MonkeyPatch):
+    model = FAMILIES["llama"].build()
+    whole = curvatures(model, MANY)
+    monkeypatch.setattr(logits, "_MOST_LOGITS", 4 * LENGTH * LENGTH // 2 - 1)  # every third, of 4 heads
+    for one, other in zip(curvatures(model, MANY), whole, strict=True):
+        for name in ("q_proj", "k_proj"):
+            assert (one[name] - other[name]).norm() < 0.3 * other[name].norm()
+            assert not torch.equal(one[name], other[name])
+
+
 def test_only_as_many_windows_as_are_asked_for():
     model = FAMILIES["llama"].build()
     blocks = find_blocks(model)
@@ -118,9 +130,6 @@ def test_attention_of_its_own_kind_tells_nothing():
     pair = find_query_key(model, block)
     assert pair is not None
     del block.module.get_submodule("self_attn").config  # pyright: ignore[reportAttributeAccessIssue]
-    from trimfit.models.logits import LogitCurvature
-    from trimfit.ranks import ALONE
-
     curvature = LogitCurvature(model, pair)
     curvature.add(lambda: pytest.fail("nothing to look at"), seed=0)
     assert curvature.value(ALONE) == {}

@@ -15,6 +15,7 @@ from trimfit.models.structure import Layer
 from trimfit.ranks import Ranks
 
 _NAME = "trimfit_logits"
+_MOST_LOGITS = 2**27  # seen at once: of long windows only every second query, or every third, …
 
 
 class LogitCurvature:
@@ -51,13 +52,14 @@ class LogitCurvature:
             return hook
 
         def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **how: Any):
-            logits = _logits(query, key, mask, **how)
+            every = -(-query.shape[:3].numel() * key.shape[2] // _MOST_LOGITS)
+            logits = _logits(query, key, mask, every, **how)
             slope = _slope_of_a_draw(logits.detach(), seed)
             gradients = torch.autograd.grad(logits, [outputs[layer] for layer in self._heads], slope)
             self._tokens += outputs[next(iter(outputs))].shape[:-1].numel()
             for (layer, heads), gradient in zip(self._heads.items(), gradients, strict=True):
                 by_head = gradient.view(-1, heads, gradient.shape[-1] // heads).transpose(0, 1)
-                self._sums[layer] += by_head.mT @ by_head
+                self._sums[layer] += every * by_head.mT @ by_head
             raise Stop
 
         if self._config is None:
@@ -95,30 +97,29 @@ def _logits(
     query: Tensor,
     key: Tensor,
     mask: Tensor | None,
+    every: int,
     *,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """(B, heads, L, L) float32, −∞ where a query does not look; one column more where heads have a sink."""
+    """(B, heads, L / every, L) float32, −∞ where a query does not look; one column more where heads have a sink."""
+    if mask is None:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    query, mask = query[:, :, ::every], mask[..., ::every, : key.shape[2]]
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     logits = query.float() @ key.float().mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    if mask is None:
-        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
-    if mask.dtype == torch.bool:
-        logits = logits.masked_fill(~mask[..., : logits.shape[-1]], -torch.inf)
-    else:
-        logits = logits + mask[..., : logits.shape[-1]].float()
+    logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.float()
     if s_aux is not None:
         logits = torch.cat([logits, s_aux.float().view(-1, 1, 1).expand(*logits.shape[:-1], 1)], -1)
     return logits
 
 
 def _slope_of_a_draw(logits: Tensor, seed: int) -> Tensor:
-    """(B, heads, L, L) ∂ log p_j / ∂ logits with one key j for each query, drawn from p."""
+    """(B, heads, queries, L) ∂ log p_j / ∂ logits with one key j for each query, drawn from p."""
     p = logits.softmax(-1)
     generator = torch.Generator().manual_seed(seed)
     point = torch.rand(p.shape[:-1], generator=generator).to(p.device)[..., None]

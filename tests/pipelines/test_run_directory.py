@@ -190,11 +190,14 @@ def test_killed_while_the_new_output_takes_the_place_of_the_old(source: Path, ru
 
 
 def test_killed_when_the_new_output_had_taken_the_place_of_the_old(source: Path) -> None:
+    with pytest.raises(_Killed):
+        start(source, after=LAYERS - 1)
+    asked = json.loads((source.parent / "out.run" / "run.json").read_text())
     report, run = start(source), source.parent / "out.run"
     (run / "result.old").mkdir(parents=True)
     (run / "result.old" / "trimfit.json").write_text("{}")
     finished = json.loads((source.parent / "out" / "trimfit.json").read_text())
-    (run / "run.json").write_text(json.dumps({"run": finished["run"]}))
+    (run / "run.json").write_text(json.dumps({**asked, "run": finished["run"]}))
     assert resume(source.parent / "out").report == report
     assert_as_if_nothing_had_happened(source)
 
@@ -330,6 +333,26 @@ def test_there_is_nothing_to_resume(source: Path) -> None:
 
 def test_resume_by_the_name_of_the_run_directory(source: Path, run: Path) -> None:
     assert resume(run).out == source.parent / "out"
+    assert_as_if_nothing_had_happened(source)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"run": "x"}', "null"])
+def test_a_request_that_is_not_ours(source: Path, run: Path, text: str) -> None:
+    (run / "run.json").write_text(text)
+    with pytest.raises(InputError, match=r"run\.json is damaged; give the command of the run again, which goes on"):
+        resume(source.parent / "out")
+    if text == "{}":
+        start(source)
+        assert_as_if_nothing_had_happened(source)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would go on there")
+def test_a_device_that_is_not_there_any_more(source: Path, run: Path) -> None:
+    asked = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**asked, "device": "cuda"}))
+    with pytest.raises(InputError, match=r"the run began on the device 'cuda', which is not available here; .* cpu"):
+        resume(source.parent / "out")
+    resume(source.parent / "out", device=CPU)
     assert_as_if_nothing_had_happened(source)
 
 

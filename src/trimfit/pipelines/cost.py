@@ -87,7 +87,8 @@ def _costs(model: Outline, job: Job) -> Costs:
             for stage, cost in _group(group, model, job).items():
                 total[stage].update(cost)
     if job.config.split != "uniform":
-        total["allocation"].update(_allocation(model, job))
+        for stage, cost in _allocation(model, job).items():
+            total[stage].update(cost)
     return total
 
 
@@ -148,26 +149,35 @@ def _mask(n: int, weights: int, config: PruneConfig, dense: bool) -> dict[str, i
             return {"float64": goal, "memory": _SORT_BYTES * weights}
 
 
-def _allocation(model: Outline, job: Job) -> Counter[str]:
-    """One pass over the dense model; for "error" also one of a few windows from each layer on."""
-    total: Counter[str] = Counter()
-    few = max(1, TOKENS // model.length)
+def _allocation(model: Outline, job: Job) -> Costs:
+    """One pass over the dense model; for "error" also one of a few windows from each layer on.
+
+    Passes and Gram matrices belong to their own stages, as the clock of a run counts them.
+    """
+    total: Costs = {stage: Counter() for stage in ("forward", "gram", "allocation")}
+    few = _few(model, job)
     widest = max((group.inputs for block in model.blocks for group in block.groups), default=0)
     windows = min(job.fit, -(-8 * widest // model.length)) if job.config.split == "error" else job.fit
     behind = 0
     for block in reversed(model.blocks):
         behind += block.flops
         layers = _probed(block)
-        total["model"] += (windows + few) * block.flops
+        total["forward"]["model"] += windows * block.flops
         if job.config.split == "error":
-            total["model"] += few * layers * (behind + 2 * model.length * model.hidden * model.vocabulary)
-            total["memory"] += few * layers * model.length * model.vocabulary * 4 * 6
+            total["forward"]["model"] += few * (block.flops + layers * behind)
+            total["allocation"]["model"] += few * layers * 2 * model.length * model.hidden * model.vocabulary
+            total["allocation"]["memory"] += few * layers * model.length * model.vocabulary * 4 * 6
         for group in block.groups:
             n, weights = group.inputs, sum(group.rows) * group.inputs
-            total["float32"] += round(2 * windows * model.length * group.share * n * n)
-            total["float64"] += n**3 + 2 * weights * n
-            total["memory"] += _SORT_BYTES * weights
+            total["gram"]["float32"] += round(2 * windows * model.length * group.share * n * n)
+            total["allocation"]["float64"] += n**3 + 2 * weights * n
+            total["allocation"]["memory"] += _SORT_BYTES * weights
     return total
+
+
+def _few(model: Outline, job: Job) -> int:
+    """Windows that the sensitivities are found on."""
+    return min(job.fit, max(1, TOKENS // model.length))
 
 
 def _probed(block: BlockOutline) -> int:
@@ -220,7 +230,7 @@ def _memory(model: Outline, job: Job) -> Memory:
     states = job.windows * per_window * streams
     if job.config.split != "uniform":
         layers = sum(_probed(block) for block in model.blocks)
-        probes = layers * per_window * max(1, TOKENS // model.length) if job.config.split == "error" else 0
+        probes = layers * per_window * _few(model, job) if job.config.split == "error" else 0
         states = max(states, (2 * job.fit * per_window) + probes)
     work = max(
         (max(_work(group, model, job), _pass_bytes(group, block, model, job)) for block, group in _groups(model)),

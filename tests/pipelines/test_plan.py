@@ -84,6 +84,14 @@ def test_memory_and_disk_by_hand():
     assert disk_bytes(MODEL, job(), 1000) == 2000 + 2 * layers + held.states - 1000
 
 
+@pytest.mark.parametrize(("held_out", "each"), [(0, 8), (2, 4 + 8)])
+def test_second_moments_are_summed_in_float64(held_out: int, each: int):
+    """Of 100 experts seen together; those of the windows to fit on are float32 when others are summed."""
+    experts = BlockOutline((GroupOutline((4,), 10, 1000, False, 0.01, 100),), flops=3000, bytes=600, largest=1)
+    held = job(held_out=held_out, batch_size=1).memory(replace(MODEL, blocks=(experts,)))
+    assert each * 100 * 10**2 < held.work < (each + 1) * 100 * 10**2
+
+
 def test_offloaded_blocks_do_not_add_up():
     """Peak memory with --offload is that of a model with one block; in memory it is not."""
     many = replace(MODEL, blocks=(BLOCK,) * 50, bytes=800 + 50 * 600)

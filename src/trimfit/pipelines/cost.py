@@ -259,13 +259,19 @@ def _moments(group: GroupOutline, model: Outline, job: Job) -> float:
     return (2 if job.held_out else 1) * 4 * group.inputs * (group.inputs + beside) * group.together
 
 
+def _sums(group: GroupOutline, model: Outline, job: Job) -> float:
+    """The same while the last of them are summed: in float64, beside the product of a batch."""
+    means = _moments(group, model, job)
+    return means + means / (2 if job.held_out else 1) + 4 * group.inputs**2
+
+
 def _pass_bytes(group: GroupOutline, block: BlockOutline, model: Outline, job: Job) -> float:
     """A batch on its way through the block, its inputs in float32, and the moments that are summed."""
     tokens = min(job.config.batch_size, job.windows) * model.length
     activations = tokens * model.dtype.itemsize * (4 * block.largest + 4 * model.hidden)
     rows = tokens * group.share * group.together
     caught = job.streams * rows * group.inputs * (model.dtype.itemsize + 4) + 4 * rows * group.inputs
-    return activations + caught + _moments(group, model, job)
+    return activations + caught + _sums(group, model, job)
 
 
 def _work(group: GroupOutline, model: Outline, job: Job) -> float:

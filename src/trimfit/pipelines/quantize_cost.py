@@ -247,10 +247,11 @@ def _gram_bytes(block: BlockOutline, model: Outline, job: QuantizeJob) -> int:
 
 
 def _pass_bytes(group: GroupOutline, block: BlockOutline, model: Outline, job: QuantizeJob) -> float:
-    """A batch on its way through the block, and its inputs in float32."""
+    """A batch on its way through the block, its inputs in float32, and what is summed of them."""
     tokens, size = min(job.config.batch_size, job.windows) * model.length, model.dtype.itemsize
     caught = tokens * group.share * group.together * group.inputs * (size + 8)
-    return tokens * size * (4 * block.largest + 4 * model.hidden) + caught
+    sums = 4 * group.inputs**2 * (group.together + 1)  # in float64, so once more, and the product of a batch
+    return tokens * size * (4 * block.largest + 4 * model.hidden) + caught + sums
 
 
 def _fold_bytes(group: GroupOutline, config: QuantizeConfig) -> int:

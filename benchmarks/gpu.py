@@ -5,11 +5,12 @@
 
 From a bare checkout, with nothing downloaded: models are built from their configs, with weights whose activations have
 spectra and outlier channels like those of trained models (synthetic.py tells how), and written to a temporary directory
-(--folder), where there must be room for two of the largest. Each row is a whole `prune --offload` of that checkpoint,
-from its files to the output's; "opening and closing" is what is before and behind the blocks: fingerprint, windows,
-verification. With --blocks K only the first K blocks are built and pruned; the column "whole model" is then the time
-multiplied by blocks / K: an extrapolation, not a measurement. It leaves out what grows with the square of the blocks,
-the forward passes of the allocation of `joint`.
+(--folder), where there must be room for two of the largest. `--shapes tiny --windows 8 --length 64` is a first try on a
+GPU; `--size tiny` stays on the CPU. Each row is a whole `prune --offload` of that checkpoint, from its files to the
+output's; "opening and closing" is what is before and behind the blocks: fingerprint, windows, verification. With
+--blocks K only the first K blocks are built and pruned; the column "whole model" is then the time multiplied by
+blocks / K: an extrapolation, not a measurement. It leaves out what grows with the square of the blocks, the forward
+passes of the allocation of `joint`.
 
 Shares are what the arithmetic of docs/scale.md counts for a stage, over the time that the stage took and the rate that
 was measured in the same run: of a large matrix product in the dtype concerned ("GEMM"), of a copy ("memory").
@@ -17,6 +18,7 @@ was measured in the same run: of a large matrix product in the dtype concerned (
 
 import argparse
 import gc
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -66,7 +68,7 @@ class Case:
 
     @property
     def out(self) -> Path:
-        """Where outputs are written, each over the one before."""
+        """Where outputs are written, and removed again: there is room for one beside the source."""
         return self.source.with_name("out")
 
 
@@ -110,10 +112,10 @@ def measure(case: Case, method: Mapping[str, str], pattern: Mapping[str, object]
     calibration = CalibrationConfig(source=str(case.source / "tokens.npy"), samples=count, sequence_length=length)
     _reset_peaks(case.device)
     start = time.perf_counter()
-    report = prune_checkpoint(
-        str(case.source), case.out, config, calibration, device=case.device, overwrite=True, offload=True
-    )
-    return Measured(report, time.perf_counter() - start, *_peaks(case.device))
+    report = prune_checkpoint(str(case.source), case.out, config, calibration, device=case.device, offload=True)
+    seconds = time.perf_counter() - start
+    shutil.rmtree(case.out)
+    return Measured(report, seconds, *_peaks(case.device))
 
 
 def row(case: Case, method: str, pattern: str, measured: Measured) -> list[str]:
@@ -189,8 +191,9 @@ def quantize_row(case: Case) -> list[str]:
     config = QuantizeConfig(transform="free", group_size=min(128, case.config.hidden_size))
     _reset_peaks(case.device)
     start = time.perf_counter()
-    quantize_checkpoint(str(case.source), case.out, config, device=case.device, overwrite=True)
+    quantize_checkpoint(str(case.source), case.out, config, device=case.device)
     seconds = time.perf_counter() - start
+    shutil.rmtree(case.out)
     empty = ["–"] * (len(HEADER) - 8)
     blocks = f"{case.config.num_hidden_layers} of {case.whole}"
     whole = f"{seconds * case.times:.0f}"

@@ -1,4 +1,4 @@
-"""What runs on large models hold and compute, by the arithmetic of `trimfit plan`: the tables of docs/scale.md.
+"""What runs on large models hold, send and compute, by the arithmetic of `trimfit plan`: the tables of docs/scale.md.
 
     python benchmarks/plan_table.py
 
@@ -58,11 +58,29 @@ def main() -> None:
         pairs = [f"{a / 2**30:.3g} / {b / 2**30:.3g}" for a, b in zip(held[::2], held[1::2], strict=True)]
         disk = disk_bytes(model, jobs["joint + dense target"], None)
         print(f"| {name} | {block / 2**30:.2g} | {' | '.join(pairs)} | {disk / 2**30:.0f} |")
+    print("\n| model | moments, GiB | masks and weights, GiB | whole model, GiB |")
+    print("|---" * 4 + "|")
+    for name, model in outlines.items():
+        found = [_travel(model, job) for job in jobs.values()]
+        moments, weights = ([one[i] / len(model.blocks) for one in found] for i in (0, 1))
+        pairs = [f"{a / 2**30:.3g} / {b / 2**30:.3g}" for a, b in (moments, weights, [sum(one) for one in found])]
+        print(f"| {name} | {' | '.join(pairs)} |")
     print("\n| model | method | forward, bf16 | float32 (Gram, mask, refit, errors) | float64 (factors) | files, TB |")
     print("|---" * 6 + "|")
     for name, model in outlines.items():
         for method, job in jobs.items():
             print(f"| {name} | {method} | {' | '.join(_operations(model, job))} |")
+
+
+def _travel(model: Outline, job: Job) -> tuple[int, int]:
+    """Bytes between processes: of second moments, and of masks and weights."""
+    config, moments, weights = job.config, 0, 0
+    for group in (group for block in model.blocks for group in block.groups):
+        n, entries = group.inputs, sum(group.rows) * group.inputs
+        beside = (model.hidden if group.adds else n) if config.target == "dense" else 0
+        moments += 8 * n * (2 * (n + beside) + (n if config.split != "uniform" else 0))
+        weights += entries * (1 + 4 + (4 if config.selector == "joint" else 0))  # joint has weights of its own
+    return moments, weights
 
 
 def _operations(model: Outline, job: Job) -> list[str]:

@@ -178,5 +178,5 @@ def _noticing() -> Generator[None]:
     except RuntimeError as error:  # gloo and NCCL say it in many ways
         raise RunError(
             "another process of this run has ended or cannot be reached, so it cannot go on; start it again to go on "
-            f"from what is finished ({first_line(error)})"
+            "from what is finished (--debug shows what the network said)"
         ) from error

@@ -16,7 +16,7 @@ SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 def on_the_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(SCRIPTS)
     yield
-    for name in ("common", "gpu", "synthetic"):
+    for name in ("common", "gpu", "soak", "synthetic"):
         sys.modules.pop(name, None)
 
 
@@ -43,6 +43,19 @@ def test_gpu_prints_a_row_for_each_method(capsys: pytest.CaptureFixture[str], mo
         stages = [float(cells[f"{stage}, s"]) for stage in (*gpu.STAGES, "other", "opening and closing")]
         assert sum(stages) == pytest.approx(float(cells["s"]), abs=0.1)
         assert float(cells["certificate"]) <= 1e-3 and int(cells["steps"]) > 0
+
+
+def test_soak_prunes_in_every_way(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    soak: Any = importlib.import_module("soak")
+    monkeypatch.setattr(soak, "quiet", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["soak.py", "--runs", "2", "--every", "1"])
+    soak.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
+    assert [row[1] for row in rows] == ["1", "2"] * 3
+    assert len({row[0] for row in rows}) == 3
+    for once, twice in zip(rows[::2], rows[1::2], strict=True):
+        assert once[3:] == twice[3:] and 0 < float(once[2]) < 10**5
 
 
 def test_synthetic_activations_are_like_those_of_trained_models():

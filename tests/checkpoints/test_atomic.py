@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trimfit.checkpoints import atomic_directory, check_output, is_disk_full
+from trimfit.checkpoints import atomic, atomic_directory, check_output, is_disk_full
 from trimfit.errors import InputError, RunError
 
 
@@ -46,12 +46,43 @@ def test_success(tmp_path: Path):
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_the_directory_has_the_rights_of_any_other(tmp_path: Path):
-    with atomic_directory(tmp_path / "out", overwrite=False):
-        pass
-    (tmp_path / "plain").mkdir()
-    rights = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("out", "plain")]
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_all_of_it_has_the_rights_of_any_other(tmp_path: Path, umask: int):
+    """Sub-folders too: without the right to enter them their files cannot be read."""
+    before = os.umask(umask)
+    try:
+        with atomic_directory(tmp_path / "out", overwrite=False) as beside:
+            write_model(beside, "new")
+            for file in (beside / "model", beside / "more" / "tokens"):
+                file.chmod(0o600)
+        (tmp_path / "plain").mkdir()
+        write_model(tmp_path / "plain", "new")
+    finally:
+        os.umask(before)
+    rights = [
+        {path.relative_to(top): stat.S_IMODE(path.stat().st_mode) for path in (top, *top.rglob("*"))}
+        for top in (tmp_path / "out", tmp_path / "plain")
+    ]
     assert rights[0] == rights[1]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_all_of_it_is_on_the_disk(old: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool):
+    """Every file before the directory gets its name, and the name itself in the end, before the old one is removed."""
+    out = old if overwrite else old.with_name("other")
+    calls: list[str] = []
+    sync, remove = atomic.sync, shutil.rmtree
+
+    def note(path: Path) -> None:
+        calls.append(path.name)
+        sync(path)
+
+    monkeypatch.setattr(atomic, "sync", note)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: (calls.append("remove"), remove(path, **options)))
+    with atomic_directory(out, overwrite) as beside:
+        write_model(beside, "new")
+    assert set(calls[:4]) == {"model", "more", "tokens", beside.name}
+    assert calls[4:6] == [out.parent.name, "remove"]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])

@@ -237,6 +237,9 @@ MISTAKES = {
         "--calibration {high_ids} --samples 12 --sequence-length 32", ("vocabulary", "300"), command=QUANTIZE
     ),
     "samples of no data": Bad("--samples 4", ("--samples", "--calibration"), command=QUANTIZE),
+    "a limit of no data": Bad(
+        "--memory-limit 1GB", ("--memory-limit", "does nothing", "--calibration"), command=QUANTIZE
+    ),
     "a seed of no data": Bad("--seed 3", ("--seed", "--calibration"), command=QUANTIZE),
     "a field of no data": Bad("--field prose", ("--field", "--calibration"), command=QUANTIZE),
     "blocks of no transformation": Bad("--block-size 32", ("--block-size", "--transform online"), command=QUANTIZE),

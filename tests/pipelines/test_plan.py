@@ -42,6 +42,16 @@ def test_gram_matrices_by_hand():
     assert dense == 2 * 2 * 64 * (2 * 10**2 + 20**2 + 10 * 20)
 
 
+def test_an_allocation_by_hand():
+    """Its passes are forward passes, as a run's clock has it: 6 windows once, and 6 from each layer on."""
+    uniform, error = (job(selector="joint", allocation=name).costs(MODEL) for name in ("uniform", "error"))
+    more = {stage: error[stage] - uniform[stage] for stage in error}
+    assert more["forward"]["model"] == 6 * 2 * 3000 + 6 * (2 * 3000 + 3 * 3000 + 3 * 6000)
+    assert more["gram"]["float32"] == 2 * 2 * 6 * 8 * (10**2 + 20**2)
+    assert more["allocation"]["model"] == 6 * 2 * 3 * 2 * 8 * 10 * 40  # predictions of each stream
+    assert {stage for stage, cost in more.items() if cost} == {"forward", "gram", "allocation"}
+
+
 def test_steps_of_the_solver_by_hand():
     """4mn² a step: of 10 rows with 10 inputs, and of 10 with 20, in two blocks. No refit, no steps."""
     found = replace(job(), solver_steps=7).costs(MODEL)
@@ -72,6 +82,14 @@ def test_memory_and_disk_by_hand():
     layers = 2 * (10 * 10 + 10 * 20)
     assert disk_bytes(MODEL, job(), None) == 2000 + 2 * layers
     assert disk_bytes(MODEL, job(), 1000) == 2000 + 2 * layers + held.states - 1000
+
+
+@pytest.mark.parametrize(("held_out", "each"), [(0, 8), (2, 4 + 8)])
+def test_second_moments_are_summed_in_float64(held_out: int, each: int):
+    """Of 100 experts seen together; those of the windows to fit on are float32 when others are summed."""
+    experts = BlockOutline((GroupOutline((4,), 10, 1000, False, 0.01, 100),), flops=3000, bytes=600, largest=1)
+    held = job(held_out=held_out, batch_size=1).memory(replace(MODEL, blocks=(experts,)))
+    assert each * 100 * 10**2 < held.work < (each + 1) * 100 * 10**2
 
 
 def test_offloaded_blocks_do_not_add_up():

@@ -24,6 +24,7 @@ MODULE = importlib.import_module("trimfit.pipelines.prune")  # its name in the p
 CPU = torch.device("cpu")
 CONFIG = PruneConfig(selector="wanda", held_out=0.25)
 LAYERS, GROUPS = 2 * 7, 2 * 4
+NEVER = 10**6
 
 
 class _Killed(BaseException):
@@ -33,7 +34,7 @@ class _Killed(BaseException):
 class _Killer:
     """Ends the run after so many layers; counts those that were worked on."""
 
-    def __init__(self, after: int = LAYERS) -> None:
+    def __init__(self, after: int = NEVER) -> None:
         self.after, self.seen = after, 0
 
     def stage(self, text: str) -> None:
@@ -53,7 +54,7 @@ def source(tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast) -> Path:
     return tmp_path / "model"
 
 
-def start(source: Path, name: str = "out", after: int = LAYERS, **options: Any) -> PruneReport:
+def start(source: Path, name: str = "out", after: int = NEVER, **options: Any) -> PruneReport:
     calibration = CalibrationConfig(source=str(source.parent / "tokens.npy"), samples=12, sequence_length=LENGTH)
     config = options.pop("config", CONFIG)
     observer = _Killer(after)
@@ -127,13 +128,51 @@ def test_a_run_that_was_offloaded_goes_on_in_memory(
     assert_as_if_nothing_had_happened(source)
 
 
+@pytest.mark.parametrize("split", [20_000, 10**9])
+def test_a_file_of_the_result_that_was_cut_off_is_copied_again(
+    source: Path, split: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all blocks that it held done again, and no others."""
+    for file in source.glob("model*"):
+        file.unlink()
+    FAMILIES["llama"].build(num_hidden_layers=3).save_pretrained(source, max_shard_size=split)
+    with pytest.raises(_Killed):
+        start(source, offload=True, after=20)  # two blocks are in the result
+    cut = source.parent / "out.run" / "result" / "model.safetensors"
+    if split < 10**9:
+        cut = cut.with_name(weight_map(source)["model.layers.1.mlp.up_proj.weight"])
+    cut.write_bytes(cut.read_bytes()[:-1000])
+    made: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(MODULE, "prune_layer", counted(made))
+        start(source, offload=True)
+    assert any(".0." in name for name in made) == (split == 10**9)
+    assert len([name for name in made if ".1." in name]) == 7
+    assert_as_if_nothing_had_happened(source)
+
+
+def test_a_run_begun_again_takes_nothing_of_the_one_before(source: Path) -> None:
+    """Its journal is removed, as the refusal says; its result, here of another model, must go as well."""
+    with pytest.raises(_Killed):
+        start(source, offload=True, after=LAYERS - 3)
+    FAMILIES["llama"].build(seed=1).save_pretrained(source, max_shard_size=20_000)
+    with pytest.raises(InputError, match=r"journal\.jsonl is of another run, .*, or remove it to begin again"):
+        start(source, offload=True)
+    (source.parent / "out.run" / "journal.jsonl").unlink()
+    start(source, offload=True)
+    assert_as_if_nothing_had_happened(source)
+
+
 def flip_in_result(source: Path, name: str) -> None:
     """Flips a bit of a tensor in the files of the result."""
-    index = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
-    file = source.parent / "out.run" / "result" / index[name]
+    file = source.parent / "out.run" / "result" / weight_map(source)[name]
     data = bytearray(file.read_bytes())
     data[read_spans(file)[name][0] + 5] ^= 16
     file.write_bytes(data)
+
+
+def weight_map(source: Path) -> dict[str, str]:
+    return json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
 
 
 def test_killed_while_the_new_output_takes_the_place_of_the_old(source: Path, run: Path) -> None:
@@ -151,11 +190,14 @@ def test_killed_while_the_new_output_takes_the_place_of_the_old(source: Path, ru
 
 
 def test_killed_when_the_new_output_had_taken_the_place_of_the_old(source: Path) -> None:
+    with pytest.raises(_Killed):
+        start(source, after=LAYERS - 1)
+    asked = json.loads((source.parent / "out.run" / "run.json").read_text())
     report, run = start(source), source.parent / "out.run"
     (run / "result.old").mkdir(parents=True)
     (run / "result.old" / "trimfit.json").write_text("{}")
     finished = json.loads((source.parent / "out" / "trimfit.json").read_text())
-    (run / "run.json").write_text(json.dumps({"run": finished["run"]}))
+    (run / "run.json").write_text(json.dumps({**asked, "run": finished["run"]}))
     assert resume(source.parent / "out").report == report
     assert_as_if_nothing_had_happened(source)
 
@@ -294,6 +336,26 @@ def test_resume_by_the_name_of_the_run_directory(source: Path, run: Path) -> Non
     assert_as_if_nothing_had_happened(source)
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"run": "x"}', "null"])
+def test_a_request_that_is_not_ours(source: Path, run: Path, text: str) -> None:
+    (run / "run.json").write_text(text)
+    with pytest.raises(InputError, match=r"run\.json is damaged; give the command of the run again, which goes on"):
+        resume(source.parent / "out")
+    if text == "{}":
+        start(source)
+        assert_as_if_nothing_had_happened(source)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would go on there")
+def test_a_device_that_is_not_there_any_more(source: Path, run: Path) -> None:
+    asked = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**asked, "device": "cuda"}))
+    with pytest.raises(InputError, match=r"the run began on the device 'cuda', which is not available here; .* cpu"):
+        resume(source.parent / "out")
+    resume(source.parent / "out", device=CPU)
+    assert_as_if_nothing_had_happened(source)
+
+
 def test_a_model_that_was_moved(source: Path, run: Path) -> None:
     moved = source.rename(source.parent / "moved")
     with pytest.raises(InputError, match=r"began with the model in .*model, which is not there any more; put it back"):
@@ -355,7 +417,7 @@ def test_resumed_from_elsewhere(source: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(source.parent)
     calibration = CalibrationConfig(source="tokens.npy", samples=12, sequence_length=LENGTH)
 
-    def prune(name: str, after: int = LAYERS) -> None:
+    def prune(name: str, after: int = NEVER) -> None:
         prune_checkpoint("model", Path(name), CONFIG, calibration, device=CPU, observer=_Killer(after))
 
     prune("undisturbed")

@@ -77,21 +77,21 @@ def is_disk_full(error: BaseException) -> bool:
 
 def _replace(beside: Path, out: Path) -> None:
     """A directory cannot be renamed onto a full one, so an old `out` steps aside first."""
-    for path in beside.iterdir():
-        path.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
-    for path in (*beside.iterdir(), beside):
+    inner, rights = list(beside.rglob("*")), ~_umask()
+    for path in inner:  # safetensors makes files that only their owner can read
+        path.chmod((0o777 if path.is_dir() else 0o666) & rights)
+    for path in (*inner, beside):
         sync(path)
-    if not out.exists():
-        beside.rename(out)
-        return
     old = old_beside(beside)
     try:
-        out.rename(old)
+        if out.exists():
+            out.rename(old)
         beside.rename(out)
     except BaseException:
         if old.exists() and not out.exists():
             old.rename(out)
         raise
+    sync(out.absolute().parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -232,6 +232,8 @@ def quantize_configs(given: dict[str, Any]) -> tuple["QuantizeConfig", "Calibrat
     of_data = [name for name in CalibrationConfig.model_fields if name != "source"]
     if given["calibration"] is None:
         _refuse_unused(given, CalibrationConfig, of_data, "--calibration")
+        if given["memory_limit"] is not None:
+            raise InputError(_unused("memory_limit", "--calibration"))
         return config, None, checked
     drawn = {name: given[name] for name in of_data}
     return config, CalibrationConfig(source=given["calibration"], **drawn), checked
@@ -241,8 +243,12 @@ def _refuse_unused(given: dict[str, Any], config: type["BaseModel"], names: list
     """Raises `InputError` for an option that is not what it is by default, but does nothing without another."""
     for name in names:
         if given[name] != config.model_fields[name].default:
-            option = f"--{name.replace('_', '-')}"
-            raise InputError(f"{option} does nothing without {need}: give that too, or leave out {option}")
+            raise InputError(_unused(name, need))
+
+
+def _unused(name: str, need: str) -> str:
+    option = f"--{name.replace('_', '-')}"
+    return f"{option} does nothing without {need}: give that too, or leave out {option}"
 
 
 def evaluate(

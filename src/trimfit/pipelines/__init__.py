@@ -6,9 +6,9 @@ from trimfit.pipelines.comparison import Comparison as Comparison
 from trimfit.pipelines.config import PruneConfig as PruneConfig
 from trimfit.pipelines.observer import Finished as Finished
 from trimfit.pipelines.observer import Observer as Observer
+from trimfit.pipelines.opened import save_pruned as save_pruned
 from trimfit.pipelines.prune import prune as prune
 from trimfit.pipelines.prune_checkpoint import prune_checkpoint as prune_checkpoint
-from trimfit.pipelines.prune_checkpoint import save_pruned as save_pruned
 from trimfit.pipelines.prune_record import PruneRecord as PruneRecord
 from trimfit.pipelines.quantize import quantize as quantize
 from trimfit.pipelines.quantize_checkpoint import quantize_checkpoint as quantize_checkpoint

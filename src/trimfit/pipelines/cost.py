@@ -87,7 +87,8 @@ def _costs(model: Outline, job: Job) -> Costs:
             for stage, cost in _group(group, model, job).items():
                 total[stage].update(cost)
     if job.config.split != "uniform":
-        total["allocation"].update(_allocation(model, job))
+        for stage, cost in _allocation(model, job).items():
+            total[stage].update(cost)
     return total
 
 
@@ -148,26 +149,35 @@ def _mask(n: int, weights: int, config: PruneConfig, dense: bool) -> dict[str, i
             return {"float64": goal, "memory": _SORT_BYTES * weights}
 
 
-def _allocation(model: Outline, job: Job) -> Counter[str]:
-    """One pass over the dense model; for "error" also one of a few windows from each layer on."""
-    total: Counter[str] = Counter()
-    few = max(1, TOKENS // model.length)
+def _allocation(model: Outline, job: Job) -> Costs:
+    """One pass over the dense model; for "error" also one of a few windows from each layer on.
+
+    Passes and Gram matrices belong to their own stages, as the clock of a run counts them.
+    """
+    total: Costs = {stage: Counter() for stage in ("forward", "gram", "allocation")}
+    few = _few(model, job)
     widest = max((group.inputs for block in model.blocks for group in block.groups), default=0)
     windows = min(job.fit, -(-8 * widest // model.length)) if job.config.split == "error" else job.fit
     behind = 0
     for block in reversed(model.blocks):
         behind += block.flops
         layers = _probed(block)
-        total["model"] += (windows + few) * block.flops
+        total["forward"]["model"] += windows * block.flops
         if job.config.split == "error":
-            total["model"] += few * layers * (behind + 2 * model.length * model.hidden * model.vocabulary)
-            total["memory"] += few * layers * model.length * model.vocabulary * 4 * 6
+            total["forward"]["model"] += few * (block.flops + layers * behind)
+            total["allocation"]["model"] += few * layers * 2 * model.length * model.hidden * model.vocabulary
+            total["allocation"]["memory"] += few * layers * model.length * model.vocabulary * 4 * 6
         for group in block.groups:
             n, weights = group.inputs, sum(group.rows) * group.inputs
-            total["float32"] += round(2 * windows * model.length * group.share * n * n)
-            total["float64"] += n**3 + 2 * weights * n
-            total["memory"] += _SORT_BYTES * weights
+            total["gram"]["float32"] += round(2 * windows * model.length * group.share * n * n)
+            total["allocation"]["float64"] += n**3 + 2 * weights * n
+            total["allocation"]["memory"] += _SORT_BYTES * weights
     return total
+
+
+def _few(model: Outline, job: Job) -> int:
+    """Windows that the sensitivities are found on."""
+    return min(job.fit, max(1, TOKENS // model.length))
 
 
 def _probed(block: BlockOutline) -> int:
@@ -220,7 +230,7 @@ def _memory(model: Outline, job: Job) -> Memory:
     states = job.windows * per_window * streams
     if job.config.split != "uniform":
         layers = sum(_probed(block) for block in model.blocks)
-        probes = layers * per_window * max(1, TOKENS // model.length) if job.config.split == "error" else 0
+        probes = layers * per_window * _few(model, job) if job.config.split == "error" else 0
         states = max(states, (2 * job.fit * per_window) + probes)
     work = max(
         (max(_work(group, model, job), _pass_bytes(group, block, model, job)) for block, group in _groups(model)),
@@ -249,13 +259,19 @@ def _moments(group: GroupOutline, model: Outline, job: Job) -> float:
     return (2 if job.held_out else 1) * 4 * group.inputs * (group.inputs + beside) * group.together
 
 
+def _sums(group: GroupOutline, model: Outline, job: Job) -> float:
+    """The same while the last of them are summed: in float64, beside the product of a batch."""
+    means = _moments(group, model, job)
+    return means + means / (2 if job.held_out else 1) + 4 * group.inputs**2
+
+
 def _pass_bytes(group: GroupOutline, block: BlockOutline, model: Outline, job: Job) -> float:
     """A batch on its way through the block, its inputs in float32, and the moments that are summed."""
     tokens = min(job.config.batch_size, job.windows) * model.length
     activations = tokens * model.dtype.itemsize * (4 * block.largest + 4 * model.hidden)
     rows = tokens * group.share * group.together
     caught = job.streams * rows * group.inputs * (model.dtype.itemsize + 4) + 4 * rows * group.inputs
-    return activations + caught + _moments(group, model, job)
+    return activations + caught + _sums(group, model, job)
 
 
 def _work(group: GroupOutline, model: Outline, job: Job) -> float:

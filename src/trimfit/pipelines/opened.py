@@ -56,9 +56,19 @@ class InMemory:
     def save(self, out: Path, overwrite: bool, record: PruneRecord, run: RunDirectory) -> None:
         """Writes the model as it is now."""
         beside = run.whole if run.in_result else run.result  # what is in the result stays until then
-        with atomic_directory(out, overwrite, beside) as directory:
-            save_checkpoint(self.checkpoint, directory, record.sidecar(), sparsity=record.zeros())
-            record.save_windows(directory)
+        save_pruned(self.checkpoint, out, record, overwrite=overwrite, beside=beside)
+
+
+def save_pruned(
+    checkpoint: Checkpoint, out: Path, record: PruneRecord, *, overwrite: bool, beside: Path | None = None
+) -> None:
+    """Writes a pruned model with the record of how it came about, and checks its zeros.
+
+    `beside`: as for `atomic_directory`.
+    """
+    with atomic_directory(out, overwrite, beside) as directory:
+        save_checkpoint(checkpoint, directory, record.sidecar(), sparsity=record.zeros())
+        record.save_windows(directory)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trimfit.calibration import CalibrationConfig, SelfSample
-from trimfit.checkpoints import Checkpoint, atomic_directory, load_checkpoint, save_checkpoint
+from trimfit.checkpoints import load_checkpoint
 from trimfit.models import Block, find_blocks, select_layers
 from trimfit.pipelines.config import PruneConfig
 from trimfit.pipelines.observer import Observer, Silent
@@ -95,10 +95,3 @@ def prune_checkpoint(
         observer.stage(f"writing {out}")
         ranks.first(lambda: save(there(run)))
     return report
-
-
-def save_pruned(checkpoint: Checkpoint, out: Path, record: PruneRecord, *, overwrite: bool) -> None:
-    """Writes a pruned model with the record of how it came about, and checks its zeros."""
-    with atomic_directory(out, overwrite) as directory:
-        save_checkpoint(checkpoint, directory, record.sidecar(), sparsity=record.zeros())
-        record.save_windows(directory)

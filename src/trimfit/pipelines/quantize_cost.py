@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
-from trimfit.models.outline import BlockOutline, GroupOutline, Outline
+from trimfit.models.outline import BlockOutline, GroupOutline, HeadsOutline, Outline
 from trimfit.pipelines.cost import Costs, Memory
 from trimfit.pipelines.quantize_block import RUN
 from trimfit.pipelines.quantize_config import QuantizeConfig
@@ -25,16 +25,18 @@ from trimfit.quant.rounding import OTHER_SCALES, SWEEPS
 _PLACE_BYTES = 3000  # 16 clip ratios, twice each: some twelve passes
 _ROUND_BYTES = 220  # one pass of error feedback or coordinate descent
 _BALANCE_BYTES = 160
-_LEARN_BYTES = 200  # a step
+_LEARN_BYTES = 200  # a step of gradient descent
 _PACK_BYTES = 400
 _TOLD_BYTES = 60  # errors and zeros of a finished layer
 
 # Calls of small operations.
 _ROUND_CALLS = 16  # for each input, in each pass
 _DIAGONAL_CALLS = 25
+_LEARN_CALLS = 60  # a step of gradient descent
 
 _PAIR_SWEEPS = 3
 _PAPER_STEPS = 3000
+_SOLVES = 16  # how much longer a flop of solving with many small matrices takes; 10 to 20 from 128 to 32 rows
 _CANDIDATES = 4
 
 
@@ -156,16 +158,26 @@ def _fold_pair(block: BlockOutline, model: Outline, config: QuantizeConfig) -> d
     pair = block.heads
     if pair is None or config.transform not in ("free", "pairs", "paper"):
         return {}
+    if config.transform == "paper":
+        return _learned_pair(pair, model.hidden)
     columns = model.hidden * (pair.group + 1)  # of both factors, for each channel of a head
     found = {"float64": pair.count * (6 * columns * pair.size**2 + 30 * pair.size**3)}
-    if config.transform == "paper":
-        found = {"float32": _PAPER_STEPS * pair.count * 6 * columns * pair.size**2}
-    if config.transform != "free":
+    if config.transform == "pairs":
         return found
     products = pair.output * model.hidden**2  # of A and B, as they are and rounded
     placed = 2 * _PLACE_BYTES * (pair.value + pair.output) * model.hidden
     spread = 2 * 5 * 8 * pair.count * pair.group * model.hidden**2
     return {**found, "float32": 2 * 2 * 2 * products, "memory": placed + spread}
+
+
+def _learned_pair(pair: HeadsOutline, hidden: int) -> dict[str, int]:
+    """By gradients: A is solved for and its gradient too, at each step; the rest are products."""
+    a, b = (width * hidden * pair.size for width in (pair.group * pair.count, pair.count))
+    return {
+        "float32": _PAPER_STEPS * 2 * pair.size * (2 * _SOLVES * a + a + 2 * b),
+        "memory": _PAPER_STEPS * _LEARN_BYTES * (a + b),
+        "calls": _PAPER_STEPS * _LEARN_CALLS,
+    }
 
 
 def _round_pair(block: BlockOutline, model: Outline, job: QuantizeJob) -> dict[str, int]:
@@ -195,7 +207,7 @@ def _transforms(group: GroupOutline, config: QuantizeConfig) -> Counter[str]:
         float64=2 * weights * size + 25 * n * size**2,
         float32=tried * 4 * weights * size + learned * 4 * size,
         memory=tried * _PLACE_BYTES * weights + learned * _LEARN_BYTES,
-        calls=steps * 60,
+        calls=steps * _LEARN_CALLS,
     )
 
 
@@ -247,10 +259,11 @@ def _gram_bytes(block: BlockOutline, model: Outline, job: QuantizeJob) -> int:
 
 
 def _pass_bytes(group: GroupOutline, block: BlockOutline, model: Outline, job: QuantizeJob) -> float:
-    """A batch on its way through the block, and its inputs in float32."""
+    """A batch on its way through the block, its inputs in float32, and what is summed of them."""
     tokens, size = min(job.config.batch_size, job.windows) * model.length, model.dtype.itemsize
     caught = tokens * group.share * group.together * group.inputs * (size + 8)
-    return tokens * size * (4 * block.largest + 4 * model.hidden) + caught
+    sums = 4 * group.inputs**2 * (group.together + 1)  # in float64, so once more, and the product of a batch
+    return tokens * size * (4 * block.largest + 4 * model.hidden) + caught + sums
 
 
 def _fold_bytes(group: GroupOutline, config: QuantizeConfig) -> int:

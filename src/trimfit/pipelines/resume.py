@@ -4,12 +4,13 @@ import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel
 
 from trimfit.calibration import CalibrationConfig
-from trimfit.checkpoints import SIDECAR
+from trimfit.checkpoints import SIDECAR, resolve_device
 from trimfit.errors import InputError
 from trimfit.pipelines.config import PruneConfig
 from trimfit.pipelines.observer import Observer
@@ -21,6 +22,23 @@ from trimfit.pipelines.quantize_save import Format
 from trimfit.pipelines.records import PruneReport
 from trimfit.pipelines.run_directory import REQUEST, RunDirectory, run_path
 from trimfit.ranks import ALONE, Ranks, local_device
+
+
+class _Request(BaseModel):
+    """What a run was asked for, as it lies in its directory."""
+
+    run: str
+    command: Literal["prune", "quantize"]
+    source: str
+    config: dict[str, Any]
+    calibration: dict[str, Any] | None
+    device: str
+    overwrite: bool
+    offload: bool
+    memory_limit: int | None
+    file_format: Format = "packed"
+    directory: str
+    local: bool
 
 
 @dataclass(frozen=True)
@@ -62,72 +80,81 @@ def resume(
     if finished is not None:
         return finished
     assert request is not None
-    began_on = torch.device(request["device"])
-    device = device or local_device(began_on if ranks.count == 1 else torch.device(began_on.type))
-    request["out"] = out  # which may have been moved, with all that is beside it
-    go_on = _quantize if request.get("command") == "quantize" else _prune
-    began = Path(request.get("directory", ""))
+    device = device or ranks.everywhere(lambda: _device(request.device, ranks))
+    go_on = _quantize if request.command == "quantize" else _prune
+    began = Path(request.directory)
     with contextlib.chdir(began if began.is_dir() else Path.cwd()):  # names of files were given from there
         _check_there(request)
-        return go_on(request, device, ranks, observer)
+        return go_on(request, out, device, ranks, observer)  # out may have been moved, with all that is beside it
 
 
-def _check_there(request: dict[str, Any]) -> None:
-    model = Path(request["source"]).expanduser().absolute()
-    if request.get("local") and not model.is_dir():  # its name could be one on the hub
+def _device(began_on: str, ranks: Ranks) -> torch.device:
+    """The one that the run began on. `InputError` when it is not here."""
+    try:
+        return local_device(resolve_device(began_on if ranks.count == 1 else began_on.partition(":")[0]))
+    except InputError as error:
+        raise InputError(
+            f"the run began on the device {began_on!r}, which is not available here; give --device cpu to go on there, "
+            "or --device auto"
+        ) from error
+
+
+def _check_there(request: _Request) -> None:
+    model = Path(request.source).expanduser().absolute()
+    if request.local and not model.is_dir():  # its name could be one on the hub
         raise InputError(f"the run began with the model in {model}, which is not there any more; put it back")
 
 
-def _prune(request: dict[str, Any], device: torch.device, ranks: Ranks, observer: Observer | None) -> Resumed:
-    out, calibration = request["out"], CalibrationConfig.model_validate(request["calibration"])
+def _prune(request: _Request, out: Path, device: torch.device, ranks: Ranks, observer: Observer | None) -> Resumed:
+    calibration = CalibrationConfig.model_validate(request.calibration)
     report = prune_checkpoint(
-        request["source"],
+        request.source,
         out,
-        PruneConfig.model_validate(request["config"]),
+        PruneConfig.model_validate(request.config),
         calibration,
         device=device,
-        overwrite=request["overwrite"],
-        offload=request["offload"],
-        memory_limit=request["memory_limit"],
+        overwrite=request.overwrite,
+        offload=request.offload,
+        memory_limit=request.memory_limit,
         ranks=ranks,
         observer=observer,
     )
     return Resumed(out, calibration, report)
 
 
-def _quantize(request: dict[str, Any], device: torch.device, ranks: Ranks, observer: Observer | None) -> Resumed:
-    out, calibration = request["out"], _calibration(request)
+def _quantize(request: _Request, out: Path, device: torch.device, ranks: Ranks, observer: Observer | None) -> Resumed:
+    calibration = _calibration(request.calibration)
     report = quantize_checkpoint(
-        request["source"],
+        request.source,
         out,
-        QuantizeConfig.model_validate(request["config"]),
+        QuantizeConfig.model_validate(request.config),
         calibration,
-        format=request["file_format"],
+        format=request.file_format,
         device=device,
-        overwrite=request["overwrite"],
-        offload=request["offload"],
-        memory_limit=request["memory_limit"],
+        overwrite=request.overwrite,
+        offload=request.offload,
+        memory_limit=request.memory_limit,
         ranks=ranks,
         observer=observer,
     )
-    return Resumed(out, calibration, report, request["file_format"])
+    return Resumed(out, calibration, report, request.file_format)
 
 
-def _calibration(record: dict[str, Any]) -> CalibrationConfig | None:
-    return None if record["calibration"] is None else CalibrationConfig.model_validate(record["calibration"])
+def _calibration(record: dict[str, Any] | None) -> CalibrationConfig | None:
+    return None if record is None else CalibrationConfig.model_validate(record)
 
 
-def _look(out: Path) -> tuple[dict[str, Any] | None, Resumed | None]:
+def _look(out: Path) -> tuple[_Request | None, Resumed | None]:
     """What is to be done, or what is there when everything is done."""
     request = _request(out)
     finished = _finished(out)
-    if finished is not None and (request is None or request["run"] == finished["run"]):
+    if finished is not None and (request is None or request.run == finished["run"]):
         if run_path(out).exists():
             with RunDirectory(out, {}):  # which removes it, under its lock
                 pass
         kind = PruneReport if _is_of(finished, PruneReport) else QuantizeReport
         report = kind.model_validate({name: finished[name] for name in kind.model_fields})
-        return None, Resumed(out, _calibration(finished), report, finished.get("file_format", "dense"))
+        return None, Resumed(out, _calibration(finished["calibration"]), report, finished.get("file_format", "dense"))
     if request is None and run_path(out).is_dir():
         raise InputError(f"{run_path(out)} does not tell what to do; give the command of the run again, which goes on")
     if request is None:
@@ -135,13 +162,13 @@ def _look(out: Path) -> tuple[dict[str, Any] | None, Resumed | None]:
     return request, None
 
 
-def _request(out: Path) -> dict[str, Any] | None:
+def _request(out: Path) -> _Request | None:
     """What the run was asked for; None when there is no run."""
     file = run_path(out) / REQUEST
     if not file.is_file():
         return None
     try:
-        return json.loads(file.read_text())
+        return _Request.model_validate_json(file.read_bytes())
     except ValueError:
         raise InputError(f"{file} is damaged; give the command of the run again, which goes on") from None
 

@@ -161,6 +161,7 @@ class RunDirectory:
                 log.warning("%s is damaged: it is done again, and what came after it", damaged)
                 self._journal.forget(number)
                 break
+        self._clear_result()
         request = {"run": self.id, "directory": str(Path.cwd()), **self._request}
         write_durably(self.path / REQUEST, json.dumps(request, indent=1).encode())
         self._opened = True
@@ -244,6 +245,14 @@ class RunDirectory:
             self._kept += 1
             self.seconds = record["seconds"]
         return True
+
+    def _clear_result(self) -> None:
+        """Removes what no record tells of from the result: another run's files, and damaged ones, are copied anew."""
+        for path in self.result.glob("*"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in self.in_result:
+                path.unlink()
 
     def _is_in_result(self, record: dict[str, Any]) -> bool:
         """Whether what a record says was moved there is whole; looked at once."""

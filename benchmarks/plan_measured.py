@@ -31,6 +31,7 @@ CASES = {
     "packed, calibrated, offloaded": ["quantize", *WINDOWS, "--offload"],
     "packed, nearest": ["quantize", "--transform", "none", "--rounding", "nearest"],
     "packed, paper": ["quantize", "--transform", "paper"],
+    "packed, symmetric": ["quantize", "--symmetric"],
     "gguf": ["quantize", "--format", "gguf", "--symmetric", "--group-size", "32"],
     "online": ["quantize", "--transform", "online"],
 }

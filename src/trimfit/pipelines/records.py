@@ -36,7 +36,7 @@ class LayerRecord(BaseModel):
       on held-out windows: the refit had fitted too few tokens too closely. `certificate` and all of the solver are None
       then.
     - `certificate`: proven bound on the distance to the optimum relative to the gain over the masked weights, of the
-      whole layer; `worst_row` the largest of a single row. None where nothing was refitted.
+      whole layer; `worst_row` the largest of a single row, or head of Q and K. None where nothing was refitted.
     - `tokens`: of calibration, which the Gram matrix is of. `few_tokens` says of an expert that they are too few for
       the damping asked for: it was damped more or, without any token, masked by magnitude; its errors are of weights.
     - `damping`: λ used; it is above the λ asked for when the Gram matrix was singular, and for experts with few tokens.

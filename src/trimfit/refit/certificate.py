@@ -17,7 +17,9 @@ SMALLEST_GAIN = 1e-8  # of |f|: below it a gain is lost in the rounding of store
 
 @dataclass(frozen=True)
 class Certificate:
-    """Bounds for each of m rows, in the units of the objective: half a squared output per token.
+    """Bounds for each of m rows, or runs of rows that were refitted together, in the units of the objective.
+
+    For rows that is half a squared output per token.
 
     - `gap`: (m,) float64, a proven upper bound on f(w) − f*, rounding of its own evaluation included.
     - `gain`: (m,) float64, f(masked weights) − f(w), less what rounding may have added to it.

@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("out", type=Path)
     parser.add_argument("--blocks", type=int, nargs="+", default=[0])
+    parser.add_argument("--every-layer", action="store_true", help="not only the first of those that share a matrix")
     parser.add_argument("--calibration", default="demo")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=512)
@@ -38,9 +39,9 @@ def main() -> None:
             continue
         groups = walker.groups(block)
         for group, gram in zip(groups, walker.grams(block, groups, "all"), strict=True):
-            layer = group.layers[0]  # one of those that share the matrix
-            name = f"block {block.index} {layer.name.rsplit('.', 1)[-1]}"
-            tensors |= {f"{name}.gram": gram, f"{name}.weight": layer.weight.float().contiguous()}
+            for layer in group.layers if arguments.every_layer else group.layers[:1]:
+                name = f"block {block.index} {layer.name.rsplit('.', 1)[-1]}"
+                tensors |= {f"{name}.gram": gram.clone(), f"{name}.weight": layer.weight.float().contiguous()}
     save_file(tensors, arguments.out)
 
 

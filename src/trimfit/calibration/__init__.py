@@ -1,6 +1,7 @@
 """From text or token ids to calibration windows."""
 
 from trimfit.calibration.config import CalibrationConfig
+from trimfit.calibration.fisher import FisherSum, slope_of_a_draw
 from trimfit.calibration.gram import Drift, InputMoments, MomentSum
 from trimfit.calibration.self_sampling import SelfSample, sample_from_model
 from trimfit.calibration.sources import read_documents, read_token_ids
@@ -21,6 +22,7 @@ __all__ = [
     "AddedTokens",
     "CalibrationConfig",
     "Drift",
+    "FisherSum",
     "InputMoments",
     "MomentSum",
     "SelfSample",
@@ -33,6 +35,7 @@ __all__ = [
     "read_token_ids",
     "sample_from_model",
     "sample_windows",
+    "slope_of_a_draw",
     "split_held_out",
     "window_length",
     "windows_from_ids",

@@ -1,7 +1,7 @@
 """What errors in the outputs of Q and K do to attention: the curvature of its logits, whatever stands between."""
 
 import copy
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any
@@ -66,8 +66,8 @@ class LogitCurvature:
                 raise Stop
             slope = slope_of_a_draw(logits.detach(), seed)
             wanted = [outputs[layer] for layer in self._sums if layer in outputs]
-            found: Sequence[Any] = torch.autograd.grad(logits, wanted, slope, allow_unused=True)
-            slopes = [slope for slope in found if slope is not None]
+            found: Any = torch.autograd.grad(logits, wanted, slope, allow_unused=True)
+            slopes: list[Tensor] = [slope for slope in found if slope is not None]
             if len(slopes) == len(self._sums):  # or the layers are named so, but are for something else
                 self._tokens += query.shape[0] * query.shape[2]
                 for total, slope in zip(self._sums.values(), slopes, strict=True):

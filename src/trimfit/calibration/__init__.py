@@ -1,7 +1,7 @@
 """From text or token ids to calibration windows."""
 
 from trimfit.calibration.config import CalibrationConfig
-from trimfit.calibration.fisher import FisherSum, slope_of_a_draw
+from trimfit.calibration.fisher import CURVATURE_TOKENS, FisherSum, slope_of_a_draw
 from trimfit.calibration.gram import Drift, InputMoments, MomentSum
 from trimfit.calibration.self_sampling import SelfSample, sample_from_model
 from trimfit.calibration.sources import read_documents, read_token_ids
@@ -19,6 +19,7 @@ from trimfit.calibration.windows import (
 )
 
 __all__ = [
+    "CURVATURE_TOKENS",
     "AddedTokens",
     "CalibrationConfig",
     "Drift",

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from trimfit.ranks import Ranks
 
+CURVATURE_TOKENS = 2**12  # each a draw for the curvature of a head's logits, which has some hundred squared entries
+
 
 class FisherSum:
     """Sums g gᵀ of the slopes g (d,) in the outputs of each head: slopes in float32, their sum in float64.

@@ -27,6 +27,11 @@ _HARMLESS = {
 _numbers = count()  # of stand-ins: several may be there at one time, in several threads
 
 
+def queries_apart(logits: int) -> int:
+    """Which queries are seen of a window with so many logits: all for 1, every second for 2, …"""
+    return -(-logits // MOST_LOGITS)
+
+
 class LogitCurvature:
     """Sums the Fisher information of the attention weights in the outputs of Q and of K, head by head.
 
@@ -60,7 +65,7 @@ class LogitCurvature:
         def attend(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **how: Any
         ) -> None:
-            every = -(-query.shape[:3].numel() * key.shape[2] // MOST_LOGITS)
+            every = queries_apart(query.shape[:3].numel() * key.shape[2])
             logits = _logits(module, query, key, attention_mask, every, **how)
             if logits is None or not logits.requires_grad:
                 raise Stop

@@ -501,6 +501,29 @@ VARIANTS = {
 }
 EVERYTHING = ALL_FAMILIES | VARIANTS
 
+# Whose attention is called, or changes what Q and K give, in a way that no other family's is.
+OWN_ATTENTION = _table(
+    _variant("olmo", clip_qkv=1.0),
+    Family("afmoe", options=_LLAMA_SIZES | {"head_dim": 8}),
+    Family(
+        "minimax_m3_vl_text",
+        options=_LLAMA_SIZES
+        | {
+            "head_dim": 8,
+            "rotary_dim": 8,
+            "layer_types": ["full_attention", "minimax_m3_sparse"],
+            "mlp_layer_types": ["dense", "dense"],
+            "dense_intermediate_size": 48,
+            "num_local_experts": EXPERTS,
+            "num_experts_per_tok": 2,
+            "index_n_heads": 2,
+            "index_head_dim": 8,
+            "index_block_size": 4,
+            "index_topk_blocks": 2,
+        },
+    ),
+)
+
 
 def for_each(families: dict[str, Family]) -> pytest.MarkDecorator:
     """Runs a test once for each family, as the argument `family`."""

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         RefitSolution,
         Status,
         refit,
+        refit_together,
     )
 
 _HOME = {
@@ -65,6 +66,7 @@ _HOME = {
     "prune_checkpoint": "trimfit.pipelines",
     "quantize": "trimfit.pipelines",
     "quantize_checkpoint": "trimfit.pipelines",
+    "refit_together": "trimfit.refit",
     "score_text": "trimfit.evaluate",
 }
 
@@ -98,6 +100,7 @@ __all__ = [
     "quantize",
     "quantize_checkpoint",
     "refit",
+    "refit_together",
     "score_text",
 ]
 

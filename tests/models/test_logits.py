@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from families import ALL_FAMILIES, EXPERT_FAMILIES, FAMILIES, LENGTH, windows
+from families import ALL_FAMILIES, EXPERT_FAMILIES, FAMILIES, LENGTH, OWN_ATTENTION, windows
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trimfit.models import Walker, find_blocks, find_query_key, logits
 from trimfit.models.hooks import after
 from trimfit.models.logits import LogitCurvature
-from trimfit.ranks import ALONE
+from trimfit.ranks import ALONE, Ranks
 
 TOKENS = windows(4)
 MANY = TOKENS.repeat(64, 1)  # draws for the same tokens
@@ -20,14 +20,16 @@ MANY = TOKENS.repeat(64, 1)  # draws for the same tokens
 NAMES = ["llama", "qwen3", "gemma2", "opt", "olmo2", "gpt_oss"]
 
 
-def curvatures(model: PreTrainedModel, tokens: Tensor, **more: Any) -> list[dict[str, Tensor]]:
-    """Of each block, by the last part of a layer's name."""
+def curvatures(
+    model: PreTrainedModel, tokens: Tensor, asked: int | None = None, **more: Any
+) -> list[dict[str, Tensor]]:
+    """Of each block, by the last part of a layer's name; of all tokens, if not so many are `asked` for."""
     walker = Walker(model, find_blocks(model), {"fit": tokens}, **more)
     found: list[dict[str, Tensor]] = []
     for block in walker:
         pair = find_query_key(model, block)
         assert pair is not None
-        told = walker.logit_curvature(block, pair, "fit", tokens.numel())
+        told = walker.logit_curvature(block, pair, "fit", tokens.numel() if asked is None else asked)
         found.append({name.rpartition(".")[2]: metric for name, metric in told.items()})
     return found
 
@@ -93,16 +95,59 @@ def test_nothing_is_left_behind():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_batches_do_not_matter():
-    for one, other in zip(*(curvatures(FAMILIES["llama"].build(), TOKENS, batch_size=b) for b in (1, 2)), strict=True):
+@pytest.mark.parametrize("asked", [LENGTH, 3 * LENGTH - 5, 4 * LENGTH])
+def test_batches_do_not_matter(asked: int):
+    told = [curvatures(FAMILIES["llama"].build(), TOKENS, asked, batch_size=b) for b in (1, 2, 8)]
+    few = curvatures(FAMILIES["llama"].build(), TOKENS[: -(-asked // LENGTH)], batch_size=1)  # no others are seen
+    for other in told:
+        for one, two in zip(few, other, strict=True):
+            for name in ("q_proj", "k_proj"):
+                torch.testing.assert_close(one[name], two[name])
+
+
+class First(Ranks):
+    """The first of two processes, whose sums are kept for the second."""
+
+    def __init__(self):
+        super().__init__(0, 2)
+        self.told: list[Tensor] = []
+
+    def sum(self, tensor: Tensor) -> None:
+        self.told.append(tensor.clone())
+
+
+class Second(Ranks):
+    """The second of two processes; what the first has told is added to what it has."""
+
+    def __init__(self, told: list[Tensor]):
+        super().__init__(1, 2)
+        self._told = iter(told)
+
+    def sum(self, tensor: Tensor) -> None:
+        tensor += next(self._told)
+
+
+@pytest.mark.parametrize("asked", [LENGTH, 3 * LENGTH])
+def test_processes_see_together_what_one_sees_alone(asked: int):
+    """Also where there are so few windows that the second has none."""
+    alone = curvatures(FAMILIES["llama"].build(), TOKENS, asked, batch_size=1)
+    first = First()
+    curvatures(FAMILIES["llama"].build(), TOKENS, asked, batch_size=1, ranks=first)
+    both = curvatures(FAMILIES["llama"].build(), TOKENS, asked, batch_size=1, ranks=Second(first.told))
+    for one, two in zip(alone, both, strict=True):
         for name in ("q_proj", "k_proj"):
-            torch.testing.assert_close(one[name], other[name])
+            torch.testing.assert_close(one[name], two[name])
 
 
-def test_of_long_windows_some_queries_are_enough(monkeypatch: pytest.MonkeyPatch):
-    model = FAMILIES["llama"].build()
+# Without a mask, with those of local attention, bool and float, with sinks.
+@pytest.mark.parametrize(
+    ("name", "kind"), [("llama", "sdpa"), ("mistral", "sdpa"), ("gemma2", "eager"), ("gpt_oss", "eager")]
+)
+def test_of_long_windows_some_queries_are_enough(name: str, kind: str, monkeypatch: pytest.MonkeyPatch):
+    model = (ALL_FAMILIES | EXPERT_FAMILIES)[name].build()
+    model.set_attn_implementation(kind)
     whole = curvatures(model, MANY)
-    monkeypatch.setattr(logits, "_MOST_LOGITS", 4 * LENGTH * LENGTH // 2 - 1)  # every third, of 4 heads
+    monkeypatch.setattr(logits, "MOST_LOGITS", 4 * LENGTH * LENGTH // 2 - 1)  # every third, of 4 heads
     for one, other in zip(curvatures(model, MANY), whole, strict=True):
         for name in ("q_proj", "k_proj"):
             assert (one[name] - other[name]).norm() < 0.3 * other[name].norm()
@@ -133,3 +178,104 @@ def test_attention_of_its_own_kind_tells_nothing():
     curvature = LogitCurvature(model, pair)
     curvature.add(lambda: pytest.fail("nothing to look at"), seed=0)
     assert curvature.value(ALONE) == {}
+
+
+@pytest.mark.parametrize("name", ["gptj", "gpt_neo"])
+def test_families_with_attention_of_their_own_tell_nothing(name: str):
+    assert curvatures(ALL_FAMILIES[name].build(), TOKENS) == [{}, {}]
+
+
+def test_q_and_k_are_those_of_the_module_that_attends():
+    """In MiniMax-M3 an indexer within attention has a Q and a K too; where it chooses keys, attention is its own."""
+    model = OWN_ATTENTION["minimax_m3_vl_text"].build()
+    pairs = [find_query_key(model, block) for block in find_blocks(model)]
+    assert [pair and pair.query.name for pair in pairs] == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    dense, sparse = curvatures(model, TOKENS)
+    assert dense.keys() == {"q_proj", "k_proj"} and sparse == {}
+
+
+@pytest.mark.parametrize("name", ["afmoe", "olmo"])
+def test_masks_by_keyword_and_outputs_changed_in_place(name: str):
+    """AFMoE hands over its mask by keyword; OLMo clamps what Q and K give where it lies."""
+    for told in curvatures(OWN_ATTENTION[name].build(), TOKENS):
+        assert told.keys() == {"q_proj", "k_proj"} and all(metric.any() for metric in told.values())
+
+
+def test_what_the_logits_do_not_depend_on_tells_nothing():
+    """A layer that is named as K is, but whose outputs go elsewhere."""
+    model = FAMILIES["llama"].build()
+    pair = find_query_key(model, find_blocks(model)[0])
+    assert pair is not None
+    curvature = LogitCurvature(model, pair)
+
+    def lose(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+        return output.detach()
+
+    def run() -> None:
+        with after([(pair.key.module, lose)]):  # its hook comes behind the one that sees the output
+            model(TOKENS, use_cache=False)
+
+    curvature.add(run, seed=0)
+    assert curvature.value(ALONE) == {}
+
+
+def told_otherwise(monkeypatch: pytest.MonkeyPatch, **changed: Any) -> None:
+    """Attention is handed something else than the model hands over: None for the mask, or keywords."""
+    own: Any = vars(logits)["_logits"]
+
+    def other(module: nn.Module, query: Tensor, key: Tensor, mask: Any, every: int, **how: Any) -> Tensor | None:
+        mask = changed.get("attention_mask", mask)
+        return own(module, query, key, mask, every, **{**how, **changed, "attention_mask": None})
+
+    monkeypatch.setattr(logits, "_logits", other)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_local_attention_without_a_mask(name: str, monkeypatch: pytest.MonkeyPatch):
+    """As flash attention has it: the width of its window is all that is told."""
+    model = FAMILIES[name].build()
+    expected = curvatures(model, TOKENS)
+    told_otherwise(monkeypatch, attention_mask=None)
+    for one, other in zip(curvatures(model, TOKENS), expected, strict=True):
+        for name in ("q_proj", "k_proj"):
+            torch.testing.assert_close(one[name], other[name])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"position_bias": torch.zeros(1)},
+        {"block_indices": torch.zeros(1)},
+        {"attention_mask": torch.ones(4, LENGTH)},
+        {"attention_mask": None, "is_causal": False},
+    ],
+    ids=str,
+)
+def test_what_is_not_known_tells_nothing(changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    model = FAMILIES["mistral"].build()
+    told_otherwise(monkeypatch, **changed)
+    assert curvatures(model, TOKENS) == [{}, {}]
+
+
+def test_several_at_one_time():
+    """One model's curvature is taken while another's is: threads do so."""
+    models = [FAMILIES["llama"].build(seed) for seed in (0, 1)]
+    pairs = [find_query_key(model, find_blocks(model)[0]) for model in models]
+    both = [LogitCurvature(model, pair) for model, pair in zip(models, pairs, strict=True) if pair is not None]
+
+    def run() -> None:
+        both[1].add(lambda: models[1](TOKENS, use_cache=False), seed=0)
+        models[0](TOKENS, use_cache=False)
+
+    both[0].add(run, seed=0)
+    assert all(one.value(ALONE) for one in both)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_tells_about_the_same(dtype: torch.dtype):
+    exact, half = FAMILIES["llama"].build(), FAMILIES["llama"].build(dtype=dtype)
+    assert half.dtype == dtype
+    for one, other in zip(curvatures(half, MANY), curvatures(exact, MANY), strict=True):
+        for name in ("q_proj", "k_proj"):
+            assert one[name].dtype == torch.float64
+            assert (one[name] - other[name]).norm() < 0.1 * other[name].norm()

@@ -53,6 +53,20 @@ def test_targets_are_an_axis() -> None:
     assert [c.target for c in without.grid().configs] == [PruneConfig().target]
 
 
+def test_row_weights_are_an_axis() -> None:
+    """Without values those of `prune` with the same selector; once where nothing depends on them."""
+    asked = {"selectors": ("wanda", "joint"), "updates": ("optimal",), "patterns": ("2:4",)}
+    both = CompareConfig(**asked, row_weights=("equal", "attention")).grid().configs
+    assert [(c.selector, c.weighs_rows) for c in both] == list(itertools.product(("wanda", "joint"), (False, True)))
+    without = CompareConfig(**asked).grid().configs
+    assert [(c.selector, c.weighs_rows) for c in without] == [("wanda", False), ("joint", True)]
+    assert [PruneConfig(selector=c.selector, pattern="2:4", guard=False) for c in without] == list(without)
+    moot = CompareConfig(**asked | {"updates": ("none",)}, row_weights=("equal", "attention")).grid().configs
+    assert [(c.selector, c.weighs_rows) for c in moot] == [("wanda", False), ("joint", False)]
+    with pytest.raises(ValidationError, match="row_weights: "):
+        CompareConfig(row_weights=("some",))
+
+
 def test_allocations_are_an_axis_that_patterns_do_not_have() -> None:
     config = CompareConfig(
         selectors=("wanda",), updates=("none",), allocations=("uniform", "owl"), sparsity=(0.5,), patterns=("2:4",)

@@ -59,6 +59,22 @@ def test_excess_is_the_squared_distance_less_that_of_the_dense_weights(share: fl
         assert goal.excess(weight) == pytest.approx((distance(weight) - distance(d["weight"])).item(), rel=1e-9)
 
 
+@pytest.mark.parametrize("heads", [1, OUTPUTS])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_excess_in_a_metric_is_of_errors_weighed_by_it(share: float, heads: int):
+    d, size = data(3), OUTPUTS // heads
+    factor = torch.randn(heads, size, size, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    metric = factor @ factor.mT
+    outputs = goal_outputs(d, share)
+
+    def counted(weight: Tensor) -> Tensor:
+        errors = (d["x"] @ weight.T - outputs).view(TOKENS, heads, size)
+        return torch.einsum("thd,hde,the->", errors, metric, errors) / TOKENS
+
+    goal, weight = Goal(d["weight"], moments(d), share), d["weight"] * 0.7
+    assert goal.excess(weight, metric) == pytest.approx((counted(weight) - counted(d["weight"])).item(), rel=1e-9)
+
+
 def test_refit_to_the_goal_is_the_least_squares_solution_on_the_kept_weights():
     d = data()
     mask = torch.rand(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(1)) < 0.5

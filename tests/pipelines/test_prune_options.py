@@ -1,14 +1,22 @@
 """What watches over a refit, and what rows of Q and K count, on tiny models."""
 
+from typing import Any
+
 import pytest
 import torch
-from families import ALL_FAMILIES, FAMILIES, matrix, windows
+from families import ALL_FAMILIES, FAMILIES, OWN_ATTENTION, Family, for_each, matrix, windows
 from pydantic import ValidationError
+from torch import Tensor
 
 from trimfit import InputError, PruneConfig, prune
-from trimfit.models import find_blocks, find_query_key
+from trimfit.models import Walker, find_blocks, find_query_key
 from trimfit.pipelines.damping import CANDIDATES
+from trimfit.pipelines.goal import Goal
 from trimfit.pipelines.prune_layer import row_scale
+from trimfit.pipelines.records import LayerRecord
+from trimfit.pipelines.shared import shared_refit
+from trimfit.ranks import ALONE
+from trimfit.refit import Auto, ConjugateGradients, FactoredGram, refit_together
 
 FEW = windows(8)  # 7 windows of 24 random tokens to fit on: some refits of random layers fit them too closely
 
@@ -82,3 +90,88 @@ def test_rows_are_weighed_by_the_root_of_what_they_count():
     torch.testing.assert_close(row_scale(metric)[:, 0], counts / counts.mean())
     assert row_scale(torch.zeros(1, 3, 3)).flatten().tolist() == [1, 1, 1]
     assert row_scale(torch.diag_embed(torch.tensor([[0.0, 2.0]])))[0] == pytest.approx(1e-4)  # and does not vanish
+
+
+@for_each(OWN_ATTENTION)
+def test_attention_that_is_called_in_another_way_is_no_obstacle(family: Family):
+    report = prune(family.build(), FEW, PruneConfig())
+    weighed = {record.name.rpartition("layers.")[2] for record in report.layers if record.rows == "attention"}
+    blocks = (0,) if family.name == "minimax_m3_vl_text" else (0, 1)  # in the other it chooses its keys
+    assert weighed == {f"{block}.self_attn.{name}" for block in blocks for name in ("q_proj", "k_proj")}
+
+
+def test_old_records_had_equal_rows():
+    record = prune(FAMILIES["llama"].build(), FEW, PruneConfig(selector="wanda")).layers[0]
+    assert record.rows == "equal"
+    assert LayerRecord.model_validate(record.model_dump(exclude={"rows"})) == record
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ({"pattern": "2:4"}, True),
+        ({"pattern": "2:4", "refit": "none"}, False),
+        ({"refit": "none"}, True),  # rows compete
+        ({"refit": "none", "scope": "row"}, False),
+        ({"refit": "own", "pattern": "2:4"}, True),  # the guard compares
+        ({"refit": "own", "pattern": "2:4", "guard": False}, False),
+        ({"selector": "wanda"}, False),
+    ],
+    ids=str,
+)
+def test_the_curvature_is_found_where_it_is_used(options: dict[str, Any], asked: bool, monkeypatch: pytest.MonkeyPatch):
+    found: list[str] = []
+    own = Walker.logit_curvature
+
+    def curvature(self: Walker, *arguments: Any) -> dict[str, Tensor]:
+        found.append("once")
+        return own(self, *arguments)
+
+    monkeypatch.setattr(Walker, "logit_curvature", curvature)
+    prune(FAMILIES["llama"].build(), FEW, PruneConfig.model_validate(options))
+    assert len(found) == (2 if asked else 0)  # blocks
+
+
+def test_weights_of_q_and_k_are_accepted_in_the_metric_they_were_refitted_in(monkeypatch: pytest.MonkeyPatch):
+    weighed: list[tuple[int, int]] = []
+    own = Goal.excess
+
+    def excess(self: Goal, weight: Tensor, metric: Tensor | None = None) -> float:
+        if metric is not None:
+            assert metric.shape[0] * metric.shape[1] == len(weight)
+            weighed.append((metric.shape[0], len(weight)))
+        return own(self, weight, metric)
+
+    monkeypatch.setattr(Goal, "excess", excess)
+    prune(FAMILIES["llama"].build(), FEW, PruneConfig(pattern="2:4"))
+    assert {*weighed} == {(4, 32), (2, 16)}
+
+
+def test_chunks_of_heads_have_their_own_metrics():
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight = torch.randn(200, 16, generator=generator), torch.randn(240, 16, generator=generator)
+    factor = torch.randn(20, 12, 12, generator=generator, dtype=torch.float64)  # chunks of 72 rows
+    gram, mask, metric = FactoredGram(inputs.T @ inputs / 200, 0.01), weight.abs() > 0.6, factor @ factor.mT
+    weight = weight.double()
+    whole = refit_together(gram, weight, mask, metric, solver=ConjugateGradients(tolerance=1e-10))
+    parts = shared_refit(gram, weight, mask, target=None, start=None, solver=Auto(1e-10), metric=metric, ranks=ALONE)
+    torch.testing.assert_close(parts.weight, whole.weight, rtol=1e-3, atol=1e-3)
+    assert parts.certificate.gap.shape == (20,)
+
+
+def test_inference_mode_around_it_changes_nothing():
+    plain, inside = FAMILIES["llama"].build(), FAMILIES["llama"].build()
+    prune(plain, FEW, PruneConfig())
+    with torch.inference_mode():
+        prune(inside, FEW.clone(), PruneConfig())
+        assert torch.is_inference_mode_enabled()
+    for name, tensor in inside.state_dict().items():
+        assert torch.equal(tensor, plain.state_dict()[name])
+
+
+def test_a_model_made_in_inference_mode_is_refused_where_that_matters():
+    with torch.inference_mode():
+        model = FAMILIES["llama"].build()
+        with pytest.raises(InputError, match=r"were made under torch\.inference_mode\(\).*row_weights 'equal'"):
+            prune(model, FEW, PruneConfig())
+        prune(model, FEW, PruneConfig(row_weights="equal"))

@@ -133,7 +133,7 @@ def test_counts_that_come_a_look_late_change_nothing_but_steps(monkeypatch: pyte
     mask[:8, 3:] = False  # rows that are finished long before the others
     solver = ConjugateGradients(name)
     in_time = refit(gram, weight, mask, solver=solver)
-    module = importlib.import_module("trimfit.refit.conjugate_gradients")
+    module = importlib.import_module("trimfit.refit.iteration")
     looks = module._Looks
     monkeypatch.setattr(torch.cuda, "Event", Done)
     monkeypatch.setattr(module, "_Looks", lambda device: looks(torch.device("cuda")))

@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import dataclass
+from fractions import Fraction
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from trimfit import InputError
 from trimfit.refit import ConjugateGradients, FactoredGram, Status, refit, refit_together
 
-TIGHT = ConjugateGradients(tolerance=1e-9, dtype=torch.float64)
+TIGHT = ConjugateGradients(tolerance=1e-13, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,37 @@ def test_one_row_a_run_is_a_plain_refit():
     torch.testing.assert_close(together.weight, plain.weight, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-4, 1e-8])
+def test_one_row_a_run_takes_the_steps_of_a_plain_refit(tolerance: float):
+    """What was gained on the way counts for the tolerance, from the first step on."""
+    case, solver = Case.draw(1, b=24, d=1, n=48), ConjugateGradients(tolerance=tolerance, dtype=torch.float64)
+    plain = refit(case.gram, case.weight, case.mask, solver=solver)
+    assert refit_together(case.gram, case.weight, case.mask, case.metric, solver=solver).steps == plain.steps
+
+
+def test_finished_runs_cost_nothing_more(monkeypatch: pytest.MonkeyPatch):
+    """Neither those that others outlast nor those that their start has finished."""
+    case = Case.draw(7, b=6, n=24)
+    best = refit_together(case.gram, case.weight, case.mask, case.metric, solver=TIGHT).weight
+    start = torch.where(torch.arange(24)[:, None] < 12, best, case.weight)  # of 4 rows a run
+    runs: list[int] = []
+    system = importlib.import_module("trimfit.refit.together")._Runs
+    own = system.multiply
+
+    def multiply(self: object, point: Tensor) -> Tensor:
+        runs.append(len(point))
+        return own(self, point)
+
+    monkeypatch.setattr(system, "multiply", multiply)
+    assert refit_together(case.gram, case.weight, case.mask, case.metric, start=start).status is Status.OPTIMAL
+    assert runs[0] == 3
+    runs.clear()
+    mixed = case.metric.clone()
+    mixed[:5] = torch.eye(4, dtype=torch.float64)
+    refit_together(case.gram, case.weight, case.mask, mixed, solver=TIGHT)
+    assert runs[0] == 6 and runs[-1] < 6
+
+
 def test_errors_that_rows_share_cancel():
     """With a metric that sees their sum alone, rows make up for each other, which no row can do alone."""
     case = Case.draw(1, b=1)
@@ -150,8 +182,73 @@ def test_metrics_that_do_not_fit_are_refused():
     for metric in (case.metric[:2], case.metric[..., :3], case.metric[0]):
         with pytest.raises(InputError, match=r"the metric must have shape \(runs, d, d\) with runs · d = 12 rows"):
             refit_together(case.gram, case.weight, case.mask, metric)
+    negative = torch.eye(4, dtype=torch.float64).repeat(3, 1, 1)
+    negative[1, 0, 1] = negative[1, 1, 0] = 5
+    hollow = torch.ones(3, 4, 4, dtype=torch.float64) - torch.eye(4, dtype=torch.float64)
+    for metric, count in ((negative, 1), (hollow, 3)):
+        with pytest.raises(InputError, match=f"the metric of {count} of 3 runs of rows is not positive semi-definite"):
+            refit_together(case.gram, case.weight, case.mask, metric)
     for bad in (float("nan"), -1.0):
         metric = case.metric.clone()
         metric[0, 0, 0] = bad
         with pytest.raises(InputError, match="the metric has NaN, infinite or negative diagonal entries"):
             refit_together(case.gram, case.weight, case.mask, metric)
+
+
+def exactly(matrix: Tensor) -> list[list[Fraction]]:
+    return [[Fraction(x) for x in row] for row in matrix.tolist()]
+
+
+def solved(matrix: list[list[Fraction]], right: list[Fraction]) -> list[Fraction]:
+    """By elimination, without rounding; the matrix is positive definite."""
+    rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
+    for i in range(len(rows)):
+        for below in rows[i + 1 :]:
+            factor = below[i] / rows[i][i]
+            for j in range(i, len(below)):
+                below[j] -= factor * rows[i][j]
+    found = [Fraction(0)] * len(rows)
+    for i in reversed(range(len(rows))):
+        found[i] = (rows[i][-1] - sum((rows[i][j] * found[j] for j in range(i + 1, len(rows))), Fraction(0))) / rows[i][
+            i
+        ]
+    return found
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_certificate_holds_without_any_rounding(seed: int):
+    """Against exact arithmetic, for runs so badly conditioned that rounding counts: no slack is granted here."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    d, n = 1 + seed % 3, 2 + seed % 4
+    inputs = normal(n + 2, n) @ torch.diag(torch.logspace(0, -2.5 * (seed % 5), n, dtype=torch.float64)) @ normal(n, n)
+    factor = normal(d, 1 + seed % d)
+    metric = factor @ factor.T
+    weight, mask = normal(d, n) * 10.0 ** (seed % 7 - 3), torch.rand(d, n, generator=generator) < 0.6
+    gram = FactoredGram(inputs.T @ inputs / len(inputs), (0.0, 1e-8, 0.01)[seed % 3]).certifiable
+    tolerance, steps = (1e-1, 1e-4, 1e-12, 1e-15)[seed % 4], (1, 5, 500)[seed % 3]
+    solver = ConjugateGradients(tolerance=tolerance, max_steps=steps, dtype=torch.float64)
+    solution = refit_together(gram, weight, mask, (metric / 2 + metric.T / 2)[None], solver=solver)
+
+    h, w, found, c = (exactly(part) for part in (gram.raw, weight, solution.weight, metric / 2 + metric.T / 2))
+    pull = Fraction(gram.damping) * sum(h[i][i] for i in range(n)) / n
+    goal = [[sum(w[i][k] * h[k][j] for k in range(n)) + pull * w[i][j] for j in range(n)] for i in range(d)]
+    mean = sum(c[i][i] for i in range(d)) / d
+    c = [[c[i][k] / mean + (Fraction(0.01) if i == k else 0) for k in range(d)] for i in range(d)]
+    h = [[h[j][k] + (pull if j == k else 0) for k in range(n)] for j in range(n)]
+    free = [(i, j) for i in range(d) for j in range(n) if mask[i, j]]
+    matrix = [[c[i][k] * h[j][m] for k, m in free] for i, j in free]
+    right = [sum(c[i][k] * goal[k][j] for k in range(d)) for i, j in free]
+
+    def objective(point: list[Fraction]) -> Fraction:
+        product = [sum((a * x for a, x in zip(row, point, strict=True)), Fraction(0)) for row in matrix]
+        return sum((x * (a / 2 - b) for x, a, b in zip(point, product, right, strict=True)), Fraction(0))
+
+    reached = objective([found[i][j] for i, j in free])
+    certificate = solution.certificate
+    assert reached - objective(solved(matrix, right)) <= Fraction(certificate.gap.item())
+    gained = objective([w[i][j] for i, j in free]) - reached
+    assert Fraction(certificate.gain.item()) <= gained or certificate.gain.item() == 0

@@ -70,7 +70,9 @@ def prune(
         str, typer.Option(help="What to reproduce: dense (the dense model's activations) or layer (the layer's own).")
     ] = "dense",
     dense_share: Annotated[float, typer.Option(help="With the target dense: how far to go, 0 < s ≤ 1.")] = 0.5,
-    solver: Annotated[str, typer.Option(help="auto, cholesky, cg or cg-diagonal.")] = "auto",
+    solver: Annotated[
+        str, typer.Option(help="auto, cholesky, cg or cg-diagonal; rows of Q and K together: always cg.")
+    ] = "auto",
     tolerance: Annotated[float, typer.Option(help="Relative gap at which a row is finished.")] = 1e-4,
     damping: options.Damping = "0.01",
     capture: options.Capture = "group",

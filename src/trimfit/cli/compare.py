@@ -31,6 +31,9 @@ def compare(
     allocations: Annotated[
         _Axis, typer.Option(help="Of the sparsity over layers: uniform, owl, error. \\[default: as for prune]")
     ] = None,
+    row_weights: Annotated[
+        _Axis, typer.Option(help="What errors of Q and K count: equal, attention. \\[default: as for prune]")
+    ] = None,
     reorder: Annotated[
         _Axis, typer.Option(help="Inputs into an order that suits an N:M pattern: yes, no. \\[default: as for prune]")
     ] = None,
@@ -80,6 +83,7 @@ def compare(
         "updates": _values(updates),
         "targets": _values(targets),
         "allocations": _values(allocations),
+        "row_weights": _values(row_weights),
         "reorder": _answers(reorder),
         "sparsity": _shares(sparsity),
         "patterns": _values(patterns),

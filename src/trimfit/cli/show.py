@@ -117,6 +117,7 @@ def prune(report: PruneReport, calibration: str, out: Path, *, as_json: bool) ->
             + (f"; {unfinished} layers did not reach the tolerance" if unfinished else "")
         )
     _simpler(console, report)
+    _weighed(console, report)
     _few_tokens(console, report.layers)
     console.print(f"{report.seconds:.1f} s, peak memory {report.peak_memory / 2**20:.0f} MiB")
     console.print(
@@ -173,6 +174,17 @@ def _simpler(console: Console, report: PruneReport) -> None:
             f"{len(simpler)} layers keep simpler weights, which on held-out windows are nearer to the target than "
             f"{'the refit' if config.refit == 'optimal' else 'the update'}: {', '.join(simpler[:3])}"
             + (", …" if len(simpler) > 3 else "")
+        )
+
+
+def _weighed(console: Console, report: PruneReport) -> None:
+    """Which layers had rows that counted as attention makes them, and whether they were asked for in vain."""
+    weighed = sum(record.rows == "attention" for record in report.layers)
+    if weighed:
+        console.print(f"{weighed} layers (Q and K) were weighed by what attention makes of their errors")
+    elif report.config.row_weights == "attention" and report.config.rows_matter:
+        console.print(
+            "no rows were weighed by attention: Q and K were not found, or attention is of the model's own kind"
         )
 
 

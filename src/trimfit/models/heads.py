@@ -11,7 +11,7 @@ from trimfit.models.structure import Block, Layer
 class QueryKey:
     """Q and K, made by a layer each; query heads come in runs of equal length that share a key head.
 
-    Rows of a head lie side by side in both layers.
+    Both are children of the module that attends. Rows of a head lie side by side in both layers.
     """
 
     query: Layer
@@ -23,12 +23,15 @@ class QueryKey:
 def find_query_key(model: PreTrainedModel, block: Block) -> QueryKey | None:
     """Q and K of a block, by the names that they have in most families.
 
-    None where they come from one layer, or are not both to be compressed.
+    None where they come from one layer, are not both to be compressed, or belong to several modules side by side.
     """
-    layers = {layer.name.rpartition(".")[2]: layer for layer in block.layers}
-    query, key = layers.get("q_proj"), layers.get("k_proj")
-    if query is None or key is None:
+    layers = {layer.name: layer for layer in block.layers}
+    parents = [name.rpartition(".")[0] for name in layers if name.endswith(".q_proj")]
+    # A module within attention that chooses keys may have a Q and a K as well.
+    outermost = [name for name in parents if not any(name.startswith(f"{other}.") for other in parents)]
+    if len(outermost) != 1 or f"{outermost[0]}.k_proj" not in layers:
         return None
+    query, key = (layers[f"{outermost[0]}.{last}"] for last in ("q_proj", "k_proj"))
     config = model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads

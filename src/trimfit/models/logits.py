@@ -1,7 +1,9 @@
 """What errors in the outputs of Q and K do to attention: the curvature of its logits, whatever stands between."""
 
+import copy
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from itertools import count
 from typing import Any
 
 import torch
@@ -9,13 +11,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from trimfit.calibration import FisherSum, slope_of_a_draw
 from trimfit.models.heads import QueryKey
 from trimfit.models.hooks import Stop, after
 from trimfit.models.structure import Layer
 from trimfit.ranks import Ranks
 
-_NAME = "trimfit_logits"
-_MOST_LOGITS = 2**27  # seen at once: of long windows only every second query, or every third, …
+MOST_LOGITS = 2**25  # of one window, at once: of long windows only every second query is seen, or every third, …
+
+# What families hand on to attention that does not change its logits while no token is generated.
+_HARMLESS = {
+    *("dropout", "position_ids", "cache_position", "past_key_values", "use_cache", "num_items_in_batch"),
+    *("output_attentions", "output_hidden_states", "output_router_logits"),
+}
+_numbers = count()  # of stand-ins: several may be there at one time, in several threads
+
+
+def queries_apart(logits: int) -> int:
+    """Which queries are seen of a window with so many logits: all for 1, every second for 2, …"""
+    return -(-logits // MOST_LOGITS)
 
 
 class LogitCurvature:
@@ -30,13 +44,10 @@ class LogitCurvature:
     """
 
     def __init__(self, model: PreTrainedModel, pair: QueryKey):
-        attention = model.get_submodule(pair.query.name.rpartition(".")[0])
-        self._config: Any = getattr(attention, "config", None)
-        self._heads = {pair.query: pair.query_heads, pair.key: pair.key_heads}
-        wide = torch.float32 if model.device.type == "mps" else torch.float64
+        self._attention = model.get_submodule(pair.query.name.rpartition(".")[0])
         self._sums = {
-            layer: torch.zeros(heads, *2 * (len(layer.weight) // heads,), dtype=wide, device=model.device)
-            for layer, heads in self._heads.items()
+            layer: FisherSum(heads, len(layer.weight) // heads, model.device)
+            for layer, heads in ((pair.query, pair.query_heads), (pair.key, pair.key_heads))
         }
         self._tokens = 0
 
@@ -47,25 +58,31 @@ class LogitCurvature:
         def leaf(layer: Layer) -> Callable[..., Tensor]:
             def hook(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
                 outputs[layer] = output.detach().float().requires_grad_()
-                return outputs[layer].to(output.dtype)
+                return outputs[layer].to(output.dtype, copy=True)  # some models clamp it in place
 
             return hook
 
-        def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **how: Any):
-            every = -(-query.shape[:3].numel() * key.shape[2] // _MOST_LOGITS)
-            logits = _logits(query, key, mask, every, **how)
-            slope = _slope_of_a_draw(logits.detach(), seed)
-            gradients = torch.autograd.grad(logits, [outputs[layer] for layer in self._heads], slope)
-            self._tokens += outputs[next(iter(outputs))].shape[:-1].numel()
-            for (layer, heads), gradient in zip(self._heads.items(), gradients, strict=True):
-                by_head = gradient.view(-1, heads, gradient.shape[-1] // heads).transpose(0, 1)
-                self._sums[layer] += every * by_head.mT @ by_head
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **how: Any
+        ) -> None:
+            every = queries_apart(query.shape[:3].numel() * key.shape[2])
+            logits = _logits(module, query, key, attention_mask, every, **how)
+            if logits is None or not logits.requires_grad:
+                raise Stop
+            slope = slope_of_a_draw(logits.detach(), seed)
+            wanted = [outputs[layer] for layer in self._sums if layer in outputs]
+            found: Any = torch.autograd.grad(logits, wanted, slope, allow_unused=True)
+            slopes: list[Tensor] = [slope for slope in found if slope is not None]
+            if len(slopes) == len(self._sums):  # or the layers are named so, but are for something else
+                self._tokens += query.shape[0] * query.shape[2]
+                for total, slope in zip(self._sums.values(), slopes, strict=True):
+                    total.add(slope, every)
             raise Stop
 
-        if self._config is None:
+        if not hasattr(self._attention, "config"):
             return
-        hooks = [(layer.module, leaf(layer)) for layer in self._heads]
-        with torch.enable_grad(), after(hooks), _attention(self._config, attend), suppress(Stop):
+        hooks = [(layer.module, leaf(layer)) for layer in self._sums]
+        with torch.enable_grad(), after(hooks), _in_place_of_attention(self._attention, attend), suppress(Stop):
             run()
 
     def value(self, ranks: Ranks) -> dict[str, Tensor]:
@@ -73,40 +90,55 @@ class LogitCurvature:
 
         Empty where nothing was seen: the model's attention is of its own kind.
         """
-        tokens = torch.tensor(self._tokens)
-        ranks.sum(tokens)
-        for total in self._sums.values():
-            ranks.sum(total)
-        return {layer.name: total / tokens for layer, total in self._sums.items()} if tokens else {}
+        seen = torch.tensor(self._tokens)
+        ranks.sum(seen)
+        tokens = int(seen)
+        return {layer.name: total.value(tokens, ranks) for layer, total in self._sums.items()} if tokens else {}
 
 
 @contextmanager
-def _attention(config: Any, function: Callable[..., Any]) -> Generator[None]:
-    """A function that stands in for the model's attention from the point where queries and keys meet."""
-    own = config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS[_NAME] = function
-    config._attn_implementation = _NAME
+def _in_place_of_attention(attention: Any, function: Callable[..., Any]) -> Generator[None]:
+    """A function that stands in for one module's attention from the point where queries and keys meet.
+
+    The module asks a config of its own which function to take, so that no other module is concerned.
+    """
+    own, name = attention.config, f"trimfit_logits_{next(_numbers)}"
+    ALL_ATTENTION_FUNCTIONS[name] = function
+    attention.config = copy.copy(own)
+    attention.config._attn_implementation_internal = name  # the property would reach into configs that are shared
     try:
         yield
     finally:
-        config._attn_implementation = own
-        del ALL_ATTENTION_FUNCTIONS[_NAME]
+        attention.config = own
+        del ALL_ATTENTION_FUNCTIONS[name]
 
 
 def _logits(
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
-    mask: Tensor | None,
+    mask: Any,
     every: int,
     *,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_: Any,
-) -> Tensor:
-    """(B, heads, L / every, L) float32, −∞ where a query does not look; one column more where heads have a sink."""
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **more: Any,
+) -> Tensor | None:
+    """(B, heads, L / every, L) float32, −∞ where a query does not look; one column more where heads have a sink.
+
+    None where anything is handed over that may change the logits and is not known here.
+    """
+    if any(value is not None for name, value in more.items() if name not in _HARMLESS):
+        return None
     if mask is None:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+        if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+            return None
+        mask = _causal(query.shape[2], key.shape[2], sliding_window, query.device)
+    if not isinstance(mask, Tensor) or mask.dim() != 4:  # of other forms of attention
+        return None
     query, mask = query[:, :, ::every], mask[..., ::every, : key.shape[2]]
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     logits = query.float() @ key.float().mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -118,11 +150,7 @@ def _logits(
     return logits
 
 
-def _slope_of_a_draw(logits: Tensor, seed: int) -> Tensor:
-    """(B, heads, queries, L) ∂ log p_j / ∂ logits with one key j for each query, drawn from p."""
-    p = logits.softmax(-1)
-    generator = torch.Generator().manual_seed(seed)
-    point = torch.rand(p.shape[:-1], generator=generator).to(p.device)[..., None]
-    reached = p.cumsum(-1)
-    drawn = torch.searchsorted(reached, point * reached[..., -1:])  # where p is 0 the sum does not grow
-    return p.neg_().scatter_add_(-1, drawn.clamp_(max=p.shape[-1] - 1), torch.ones_like(point))
+def _causal(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(1, 1, queries, keys) True where a query looks: at itself and before it, no more than `window` keys in all."""
+    seen = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device).tril()
+    return seen if window is None else seen.triu(1 - window)

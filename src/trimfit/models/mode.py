@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""Modes of a model and of torch, for a while."""
 
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
+from trimfit.errors import InputError
 from trimfit.precision import half_products
 
 
@@ -22,3 +23,21 @@ def evaluation_mode(model: nn.Module) -> Generator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode  # not train(): that would set all modules inside as well
+
+
+@contextmanager
+def autograd_possible(model: nn.Module, needed: bool) -> Generator[None]:
+    """Outside `torch.inference_mode()`, whose tensors autograd cannot follow, where the model was made outside of it.
+
+    Raises `InputError` where it was not and autograd is `needed`.
+    """
+    if not any(parameter.is_inference() for parameter in model.parameters()):
+        with torch.inference_mode(False):
+            yield
+        return
+    if needed:
+        raise InputError(
+            f"the weights of {type(model).__name__} were made under torch.inference_mode(), where the curvature of "
+            "attention cannot be found: make or load the model outside of it, or ask for row_weights 'equal'"
+        )
+    yield

@@ -15,6 +15,7 @@ from trimfit.models.experts import ExpertLinear, first_called
 from trimfit.models.find_folds import find_folds
 from trimfit.models.flow import find_flow
 from trimfit.models.groups import AT_ONCE
+from trimfit.models.heads import QueryKey, find_query_key
 from trimfit.models.hooks import before
 from trimfit.models.structure import Block, Layer, find_blocks, select_layers
 
@@ -29,6 +30,7 @@ class GroupOutline:
     - `adds`: whether its one layer is as wide as the residual stream, to which it then adds its output; not one expert.
     - `share`: of the tokens, that the group sees: less than 1 for an expert.
     - `together`: how many groups are seen in that pass, this one included.
+    - `query_heads`, `query_key`: where Q and K are among the layers, the heads of Q, and the rows of Q and those of K.
     """
 
     rows: tuple[int, ...]
@@ -37,6 +39,8 @@ class GroupOutline:
     adds: bool
     share: float = 1.0
     together: int = 1
+    query_heads: int = 0
+    query_key: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,12 @@ def outline(
         traced = _trace(model.eval(), every, length)
         hidden = embedding.shape[1]
         return Outline(
-            tuple(_wired(model, block, _block(block, traced, size[block.name], hidden, length)) for block in chosen),
+            tuple(
+                _wired(
+                    model, block, _block(block, traced, size[block.name], hidden, length, find_query_key(model, block))
+                )
+                for block in chosen
+            ),
             dtype,
             sum(p.nbytes for p in model.parameters()),
             hidden,
@@ -181,7 +190,9 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
     return 2 * batch * heads * tokens * key[2] * (width + value[3])
 
 
-def _block(block: Block, trace: _Trace | None, size: int, hidden: int, length: int) -> BlockOutline:
+def _block(
+    block: Block, trace: _Trace | None, size: int, hidden: int, length: int, pair: QueryKey | None
+) -> BlockOutline:
     largest = max((max(layer.weight.shape) for layer in block.layers), default=hidden)
     if trace is None:  # as if every layer had an input of its own: that costs more than it will
         flops = 2 * length * sum(layer.weight.numel() for layer in block.layers)
@@ -192,7 +203,10 @@ def _block(block: Block, trace: _Trace | None, size: int, hidden: int, length: i
     shared: dict[int, list[Layer]] = {}
     for layer in sorted(plain, key=lambda layer: trace.before[layer.name]):
         shared.setdefault(id(trace.inputs[layer.name]), []).append(layer)
-    groups = [_group(layers, trace.before[layers[0].name] - start, hidden) for layers in shared.values()]
+    groups = [
+        _with_pair(_group(layers, trace.before[layers[0].name] - start, hidden), layers, pair)
+        for layers in shared.values()
+    ]
     side_by_side: dict[str, list[Layer]] = {}
     for layer in (layer for layer in block.layers if layer not in plain):
         side_by_side.setdefault(layer.parameter, []).append(layer)
@@ -200,6 +214,13 @@ def _block(block: Block, trace: _Trace | None, size: int, hidden: int, length: i
         share = len(trace.inputs[parameter]) / length / _experts(layers[0])
         groups += _expert_groups(layers, trace.before[parameter] - start, share, hidden)
     return BlockOutline(tuple(groups), trace.end[block.name] - start, size, largest)
+
+
+def _with_pair(group: GroupOutline, layers: Sequence[Layer], pair: QueryKey | None) -> GroupOutline:
+    """With Q and K, if they are among the layers of the group."""
+    if pair is None or pair.query not in layers or pair.key not in layers:
+        return group
+    return replace(group, query_heads=pair.query_heads, query_key=(len(pair.query.weight), len(pair.key.weight)))
 
 
 def _wired(model: PreTrainedModel, block: Block, found: BlockOutline) -> BlockOutline:

@@ -27,7 +27,7 @@ from trimfit.timing import stage
 _Streams = dict[str, list[Kept]]
 
 
-_LOGITS = 2**24  # numbers that are looked at together
+_MOST_PREDICTIONS = 2**24  # numbers that are looked at together
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Walker:
         """Number of a batch and some positions in it, until all are gone through: few, as logits take much memory."""
         vocabulary = len(self.model.get_input_embeddings().get_parameter("weight"))
         for number, tokens in enumerate(self._batches(windows)):
-            at_once = max(1, _LOGITS // (len(tokens) * vocabulary))
+            at_once = max(1, _MOST_PREDICTIONS // (len(tokens) * vocabulary))
             for positions in torch.arange(tokens.shape[1]).split(at_once):
                 yield number, positions
 
@@ -163,14 +163,19 @@ class Walker:
     def logit_curvature(self, block: Block, pair: QueryKey, windows: str, tokens: int) -> dict[str, Tensor]:
         """What errors in the outputs of Q and K cost, by layer name: see `LogitCurvature`.
 
-        With the weights as they now are, on the first of the windows, about as many as hold `tokens` tokens.
+        With the weights as they now are, on the first of the windows: as many as hold `tokens` tokens.
         """
         curvature = LogitCurvature(self.model, pair)
-        few = max(1, tokens // (self.batch_size * self.windows[windows].shape[1]))  # batches, of all ranks
-        numbers = list(range(few)) if windows in self.alone else self.ranks.share(range(few))
-        for number, kept in zip(numbers, self._hidden[windows], strict=False):
-            for place, window in enumerate(self._on_device(kept.get()).split(1)):  # logits of more take much memory
-                curvature.add(partial(self._run, block, window), seed=number * self.batch_size + place)
+        few = -(-tokens // self.windows[windows].shape[1])  # of all ranks, whatever the batches are
+        kept = self._hidden[windows]
+        places = range(len(kept)) if windows in self.alone else range(self.ranks.rank, few, self.ranks.count)
+        for batch, states in zip(places, kept, strict=False):
+            first = batch * self.batch_size
+            if first >= few:
+                break
+            here = self._on_device(states.get())[: few - first]
+            for number, window in enumerate(here.split(1), start=first):  # logits of more take much memory
+                curvature.add(partial(self._run, block, window), seed=number)
         return curvature.value(self.ranks)
 
     def _run(self, block: Block, hidden: Tensor) -> Tensor:

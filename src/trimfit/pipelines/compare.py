@@ -26,6 +26,7 @@ from trimfit.pipelines.observer import Observer, Silent
 JOURNAL = "journal.jsonl"
 
 
+@torch.inference_mode(False)  # what is loaded in it no gradient could be taken through
 def compare(
     source: str,
     out: str | Path,

@@ -16,6 +16,7 @@ AXES = {
     "updates": "refit",
     "targets": "target",
     "allocations": "allocation",
+    "row_weights": "row_weights",
     "reorder": "reorder",
     "sparsity": "sparsity",
     "patterns": "pattern",
@@ -28,7 +29,8 @@ _DEFAULTS = {"guard": False}
 class CompareConfig(BaseModel):
     """Axes of a comparison; each holds values of one field of `PruneConfig`, which see.
 
-    - `selectors`, `updates` (field `refit`), `targets`, `allocations`: an axis without values has `PruneConfig`'s.
+    - `selectors`, `updates` (field `refit`), `targets`, `allocations`, `row_weights`: an axis without values has
+      `PruneConfig`'s, which for the last two depends on the selector.
     - `reorder`: for N:M alone, without values as for `PruneConfig`.
     - `sparsity`, `patterns`: one axis, one after the other; sparsity 0.5 when neither is given.
     - `seeds`: how many draws of the calibration windows, at least 1; spreads need two.
@@ -44,6 +46,7 @@ class CompareConfig(BaseModel):
     updates: tuple[str, ...] = ("none", "own", "optimal")
     targets: tuple[str, ...] = ()
     allocations: tuple[str, ...] = ()
+    row_weights: tuple[str, ...] = ()
     reorder: tuple[bool, ...] = ()
     sparsity: tuple[float, ...] = ()
     patterns: tuple[str, ...] = ()
@@ -76,7 +79,8 @@ class CompareConfig(BaseModel):
         for pattern, *values in itertools.product(patterns or [{"sparsity": 0.5}], *(getattr(self, a) for a in names)):
             chosen = dict(zip((AXES[axis] for axis in names), values, strict=True))
             try:
-                configs[PruneConfig.model_validate(_DEFAULTS | self.common | chosen | pattern | _moot(pattern))] = None
+                config = PruneConfig.model_validate(_DEFAULTS | self.common | chosen | pattern | _moot(pattern))
+                configs[config if config.rows_matter else config.model_copy(update={"row_weights": None})] = None
             except ValidationError as error:
                 left_out[_reason(error)] = None
         if not configs:

@@ -28,6 +28,7 @@ _LABELS: _Labels = {
     "update": lambda config: _UPDATES[config.refit],
     "target": lambda config: config.target,
     "allocation": lambda config: config.split,
+    "rows": lambda config: "attention" if config.weighs_rows else "equal",
     "order": lambda config: _ORDERS[config.reorder],
 }
 # Columns of numbers: heading, quantity, format.

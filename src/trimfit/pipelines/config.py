@@ -31,7 +31,8 @@ class PruneConfig(BaseModel):
     - `target`: what the refit, and the selector, aim at: "layer" is what the dense layer gives on the inputs of the
       pruned model, as in the paper; "dense" goes `dense_share` of the way from there to what the dense model has.
     - `dense_share`: in (0, 1]; belongs to the target "dense".
-    - `solver`, `tolerance`: of the optimal refit; the tolerance is on the relative gap of every row.
+    - `solver`, `tolerance`: of the optimal refit; the tolerance is on the relative gap of every row. Rows that are
+      refitted together are always solved by conjugate gradients.
     - `damping`: λ in H + λ·mean(diag H)·I, for selectors and refit; "auto" chooses it for each group of layers, by
       the error of a refit on held-out windows.
     - `capture`: "group" sees inputs from the already pruned groups of the same block; "block" captures them all
@@ -126,9 +127,18 @@ class PruneConfig(BaseModel):
         return self.pattern is not None and (self.selector == "joint" if self.reorder is None else self.reorder)
 
     @property
+    def rows_matter(self) -> bool:
+        """Whether anything depends on what errors of a row count: the refit, the guard, or a mask over the layer."""
+        pattern = self.mask_pattern
+        compete = isinstance(pattern, Unstructured) and pattern.scope == "layer"
+        guarded = self.refit == "own" and self.guard and self.held_out > 0
+        return self.refit == "optimal" or compete or guarded
+
+    @property
     def weighs_rows(self) -> bool:
         """Whether errors of Q and K count as much as the attention weights make of them."""
-        return self.row_weights == "attention" or (self.row_weights is None and self.selector == "joint")
+        asked = self.row_weights == "attention" or (self.row_weights is None and self.selector == "joint")
+        return asked and self.rows_matter
 
     def make_solver(self) -> Solver | Auto:
         """The solver with the tolerance asked for."""

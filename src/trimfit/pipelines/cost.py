@@ -8,15 +8,20 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Self
 
+from trimfit.calibration import CURVATURE_TOKENS
 from trimfit.masks import NM
 from trimfit.masks.joint import SWAP_WORK
 from trimfit.models.groups import AT_ONCE
+from trimfit.models.logits import queries_apart
 from trimfit.models.outline import BlockOutline, GroupOutline, Outline
 from trimfit.pipelines.config import PruneConfig
 from trimfit.pipelines.sensitivity import TOKENS
 
 SOLVER_STEPS = 25  # of conjugate gradients to a gap of 1e-4; 15 to 40 were usual
 ADMM_STEPS = 60
+_STEPS_TOGETHER = 4  # times the solver's steps, for rows of Q and K together; 39 to 219 were usual
+_LOGIT_BYTES = 5 * 4  # for each logit whose curvature is taken: itself, its weight, their sums, two slopes
+_LOGIT_TRAFFIC = 16 * 4
 _STEPS_PER_INVERSE = 5
 _FIT_STEPS = 10
 _SMALL_PRODUCTS = 6  # how much longer a flop of swaps takes
@@ -86,6 +91,7 @@ def _costs(model: Outline, job: Job) -> Costs:
         for group in block.groups:
             for stage, cost in _group(group, model, job).items():
                 total[stage].update(cost)
+            total["forward"].update(_curvature(group, model, job))
     if job.config.split != "uniform":
         for stage, cost in _allocation(model, job).items():
             total[stage].update(cost)
@@ -112,19 +118,44 @@ def _group(group: GroupOutline, model: Outline, job: Job) -> dict[str, dict[str,
     beside = (model.hidden if group.adds else n) if dense else 0  # columns that drift
     tokens = job.windows * model.length
     refitted = job.config.refit == "optimal"
+    # In products of all rows of the group with its n × n matrix.
+    weighed = sum(group.query_key) / sum(group.rows) if job.config.weighs_rows else 0
+    steps = job.solver_steps * (1 + (_STEPS_TOGETHER - 1) * weighed)
     return {
         "gram": {"float32": round(2 * tokens * group.share * n * (n + beside))},
         "factorisation": {"float64": n**3 // 3, "memory": 10 * 8 * n * n},
         "mask": _mask(n, weights, job.config, dense),
         "refit": {
             "float64": 2 * n**3 // 3 + (5 if refitted else 0) * product + (product if dense else 0),
-            "float32": 2 * job.solver_steps * product,
-            "memory": job.solver_steps * 20 * 4 * weights,
+            "float32": round(2 * steps * product),
+            "memory": round(steps * 20 * 4 * weights),
         }
         if refitted
         else {},
         "errors": {"float32": (8 if job.held_out else 4) * product},
     }
+
+
+def _curvature(group: GroupOutline, model: Outline, job: Job) -> dict[str, int]:
+    """Forward to the attention logits and back to Q and K, in a few windows, where rows of these are weighed."""
+    if not (group.query_heads and job.config.weighs_rows):
+        return {}
+    windows = min(job.fit, -(-CURVATURE_TOKENS // model.length))
+    logits = _logits(group, model)
+    query, key = group.query_key
+    heads_width = query // group.query_heads
+    sums = 2 * model.length * heads_width * (query + key)
+    return {
+        "model": windows * 2 * model.length * sum(group.rows) * group.inputs,
+        "float32": windows * (3 * 2 * logits * heads_width + sums),
+        "memory": windows * logits * _LOGIT_TRAFFIC,
+    }
+
+
+def _logits(group: GroupOutline, model: Outline) -> int:
+    """How many a window has that are seen at once."""
+    every = group.query_heads * model.length**2
+    return every // max(1, queries_apart(every))
 
 
 def _mask(n: int, weights: int, config: PruneConfig, dense: bool) -> dict[str, int]:
@@ -232,10 +263,9 @@ def _memory(model: Outline, job: Job) -> Memory:
         layers = sum(_probed(block) for block in model.blocks)
         probes = layers * per_window * _few(model, job) if job.config.split == "error" else 0
         states = max(states, (2 * job.fit * per_window) + probes)
-    work = max(
-        (max(_work(group, model, job), _pass_bytes(group, block, model, job)) for block, group in _groups(model)),
-        default=0.0,
-    )
+    parts = (_work, _curvature_bytes)
+    work = max((part(group, model, job) for part in parts for _, group in _groups(model)), default=0.0)
+    work = max(work, *(_pass_bytes(group, block, model, job) for block, group in _groups(model)), 0.0)
     if job.config.split != "uniform":
         work = max(work, *(_allocation_bytes(block) for block in model.blocks))
     weights = model.bytes - inside + block if job.offload else model.bytes
@@ -272,6 +302,13 @@ def _pass_bytes(group: GroupOutline, block: BlockOutline, model: Outline, job: J
     rows = tokens * group.share * group.together
     caught = job.streams * rows * group.inputs * (model.dtype.itemsize + 4) + 4 * rows * group.inputs
     return activations + caught + _sums(group, model, job)
+
+
+def _curvature_bytes(group: GroupOutline, model: Outline, job: Job) -> float:
+    """The logits of a window and all that is made of them, beside the moments of the group."""
+    if not job.config.weighs_rows:
+        return 0.0
+    return _moments(group, model, job) + _LOGIT_BYTES * _logits(group, model)
 
 
 def _work(group: GroupOutline, model: Outline, job: Job) -> float:

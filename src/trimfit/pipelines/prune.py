@@ -8,7 +8,7 @@ from fractions import Fraction
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimfit.calibration import InputMoments, split_held_out
+from trimfit.calibration import CURVATURE_TOKENS, InputMoments, split_held_out
 from trimfit.errors import InputError
 from trimfit.masks import NM, Pattern, Unstructured
 from trimfit.models import (
@@ -20,6 +20,7 @@ from trimfit.models import (
     Layer,
     Placement,
     Walker,
+    autograd_possible,
     check_causal,
     find_blocks,
     find_free_orders,
@@ -41,7 +42,6 @@ from trimfit.ranks import ALONE, Ranks
 from trimfit.refit import FactoredGram
 from trimfit.timing import Clock, stage
 
-_CURVATURE_TOKENS = 2**12  # each a draw for the curvature of a head's logits, which has some hundred squared entries
 _LOSES_NOTHING = Unstructured(0, "layer")
 
 
@@ -99,7 +99,7 @@ class PruneRun:
         """Prunes the blocks in their order. Raises `InputError` before anything changes if something does not fit."""
         start = time.perf_counter() - self.ledger.seconds
         clock = Clock(self.model.device)
-        with clock.running():
+        with autograd_possible(self.model, self.config.weighs_rows), clock.running():
             windows = self.ranks.everywhere(self._windows)
             allocation = self._allocation(windows["fit"])
             records = list(self._records(windows, self._patterns(allocation), start))
@@ -249,7 +249,7 @@ def _metrics(walker: Walker, block: Block, group: Group) -> dict[str, Tensor]:
     names = {layer.name for layer in group.layers}
     if pair is None or not {pair.query.name, pair.key.name} <= names:
         return {}
-    return walker.logit_curvature(block, pair, "fit", _CURVATURE_TOKENS)
+    return walker.logit_curvature(block, pair, "fit", CURVATURE_TOKENS)
 
 
 def _factorise(

@@ -22,6 +22,7 @@ from trimfit.pipelines.windows import draw_windows
 from trimfit.ranks import ALONE, Ranks
 
 
+@torch.inference_mode(False)  # what is loaded in it no gradient could be taken through
 def prune_checkpoint(
     source: str,
     out: Path,

@@ -37,6 +37,8 @@ class LayerRecord(BaseModel):
       then.
     - `certificate`: proven bound on the distance to the optimum relative to the gain over the masked weights, of the
       whole layer; `worst_row` the largest of a single row, or head of Q and K. None where nothing was refitted.
+    - `rows`: what errors of its rows counted: the same, or in heads of Q and K what "attention" makes of them. "equal"
+      also where attention is of its own kind and tells nothing.
     - `tokens`: of calibration, which the Gram matrix is of. `few_tokens` says of an expert that they are too few for
       the damping asked for: it was damped more or, without any token, masked by magnitude; its errors are of weights.
     - `damping`: λ used; it is above the λ asked for when the Gram matrix was singular, and for experts with few tokens.
@@ -54,6 +56,7 @@ class LayerRecord(BaseModel):
     final: LayerError
     stored: LayerError
     accepted: Accepted
+    rows: Literal["equal", "attention"] = "equal"
     certificate: float | None
     worst_row: float | None
     status: str | None

@@ -42,11 +42,12 @@ def shared_refit(
 ) -> RefitSolution:
     """As `refit`, in chunks of rows that are the same however many processes share them, and so is the result.
 
-    With a `metric` (runs, d, d) as `refit_together`, always by conjugate gradients.
+    With a `metric` (runs, d, d) as `refit_together`: by conjugate gradients, of `solver` no more than the tolerance.
     """
     together = 1 if metric is None else metric.shape[1]
+    iterative = ConjugateGradients(tolerance=solver.tolerance)
     if metric is not None:
-        solver = ConjugateGradients("masked_inverse", solver.tolerance)
+        solver = iterative
     elif isinstance(solver, Auto):
         solver = solver.choose(gram.certifiable, mask)  # for all rows
     fewest = _FEWEST_ROWS.get(weight.device.type, _FEWEST_ROWS_ELSEWHERE)
@@ -55,10 +56,10 @@ def shared_refit(
 
     def solve(rows: slice) -> RefitSolution:
         goal, first = (None if what is None else what[rows] for what in (target, start))
-        if metric is None or not isinstance(chosen, ConjugateGradients):
+        if metric is None:
             return refit(gram, weight[rows], mask[rows], target=goal, start=first, solver=chosen)
         runs = metric[rows.start // together : rows.stop // together]
-        return refit_together(gram, weight[rows], mask[rows], runs, target=goal, start=first, solver=chosen)
+        return refit_together(gram, weight[rows], mask[rows], runs, target=goal, start=first, solver=iterative)
 
     chunks = [slice(first, min(first + size, len(weight))) for first in range(0, len(weight), size)]
     own = [solve(rows) for rows in ranks.share(chunks)]

@@ -19,13 +19,13 @@ from trimfit.precision import tensor_float32
 from trimfit.refit.certificate import SMALLEST_GAIN, Certificate, rounding_of_gradient
 from trimfit.refit.conjugate_gradients import ConjugateGradients
 from trimfit.refit.gram import FactoredGram
+from trimfit.refit.iteration import iterate
 from trimfit.refit.problem import Problem, check, make_problem, unit_rounding
 from trimfit.refit.refit import RefitSolution, Status, check_start
 from trimfit.refit.solver import working_dtype
 
 _DAMPING = 0.01  # of the mean diagonal of C: draws that it is the mean of are few in some directions
 _CHUNK_ELEMENTS = 2**25  # of the runs solved together, to bound memory
-_SAFETY = 0.5  # of the tolerance, since residuals are updated in the iteration and recomputed behind it
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def refit_together(
         [None] * len(weight) if what is None else list(what.split(runs * size)) for what in (target, start)
     )
     parts = [
-        _solve(_Together(make_problem(gram, dense, kept, goal), some), dense, first, solver)
+        _solve(_Together.of(make_problem(gram, dense, kept, goal), some), dense, first, solver)
         for dense, kept, some, goal, first in zip(
             weight.split(runs * size), mask.split(runs * size), metric.split(runs), targets, starts, strict=False
         )
@@ -89,17 +89,40 @@ class _Part:
     steps: int
 
 
+@dataclass(frozen=True)
 class _Together:
-    """The programs of b runs in unit-diagonal coordinates, all tensors (b, d, n)."""
+    """The programs of b runs of d rows in unit-diagonal coordinates.
 
-    def __init__(self, problem: Problem, metric: Tensor):
-        self.problem, self.gram = problem, problem.gram
-        self.metric = _damped(metric.to(problem.linear.device).to(problem.linear.dtype))
-        self.factor = torch.linalg.cholesky(self.metric)
-        self.inverse = torch.cholesky_inverse(self.factor)
-        self.mask, self.start = self.by_run(problem.mask), self.by_run(problem.start)
-        self.linear = self.metric @ self.by_run(problem.linear)
-        self.start_gradient = self.metric @ self.by_run(problem.start_gradient)
+    - `problem`: of the rows, as if each counted alone.
+    - `metric`, `factor`, `inverse`: (b, d, d) damped C, its lower Cholesky factor, and C⁻¹.
+    """
+
+    problem: Problem
+    metric: Tensor
+    factor: Tensor
+    inverse: Tensor
+
+    @staticmethod
+    def of(problem: Problem, metric: Tensor) -> "_Together":
+        """Raises `InputError` for a metric that is not positive semi-definite."""
+        metric = _damped(metric.to(problem.linear.device).to(problem.linear.dtype))
+        factor, info = torch.linalg.cholesky_ex(metric)
+        if failed := int((info > 0).sum()):
+            raise InputError(
+                f"the metric of {failed} of {len(metric)} runs of rows is not positive semi-definite, so it is no mean "
+                "of squares: check how it was accumulated"
+            )
+        return _Together(problem, metric, factor, torch.cholesky_inverse(factor))
+
+    def runs(self, index: Tensor) -> "_Together":
+        """The programs of some runs."""
+        rows = self.rows_of(index)
+        return _Together(self.problem.rows(rows), self.metric[index], self.factor[index], self.inverse[index])
+
+    def rows_of(self, index: Tensor) -> Tensor:
+        """Which rows some runs have."""
+        size = self.metric.shape[1]
+        return (index[:, None] * size + torch.arange(size, device=index.device)).flatten()
 
     def by_run(self, rows: Tensor) -> Tensor:
         """Rows (m, n) as (b, d, n)."""
@@ -107,11 +130,12 @@ class _Together:
 
     def certify(self, weight: Tensor) -> tuple[Certificate, Tensor]:
         """Certificate (b,) of `weight` (m, n), and its residual (b, d, n)."""
-        problem, gram = self.problem, self.gram
+        problem, gram = self.problem, self.problem.gram
         point = weight.to(problem.linear.dtype) / gram.scale
         plain = problem.linear - point @ gram.matrix
         gradient = self.metric @ self.by_run(plain)
-        residual = gradient * self.mask
+        mask = self.by_run(problem.mask)
+        residual = gradient * mask
         norm, inverse_norm = (_norm(matrix) for matrix in (self.metric, self.inverse))
         lost = self._lost(point, plain, norm)
         half = torch.linalg.solve_triangular(gram.cholesky, residual.flatten(0, 1).T, upper=False).T
@@ -121,14 +145,16 @@ class _Together:
         slack = 2 * (size + 8) * self.metric.diagonal(dim1=1, dim2=2).sum(1) * unit * inverse_norm
         bound = whitened + lost * (inverse_norm * gram.inverse_norm).sqrt()
         gap = bound.square() / (2 * (1 - gram.slack) * (1 - slack))
-        gap = torch.where(self.mask.flatten(1).any(1), gap, 0.0)
+        gap = torch.where(mask.flatten(1).any(1), gap, 0.0)
         point = self.by_run(point)
-        change, slope = point - self.start, gradient + self.start_gradient
+        linear = self.metric @ self.by_run(problem.linear)
+        change = point - self.by_run(problem.start)
+        slope = gradient + self.metric @ self.by_run(problem.start_gradient)
         lost = lost + self._lost(problem.start, problem.start_gradient, norm)
         lost = lost + (slope[0].numel() + 8) * unit * _norm(slope)
         gain = (_dot(change, slope) - _norm(change) * lost) / 2
-        objective = -_dot(point, gradient + self.linear) / 2
-        single = (self.linear.square() / self.metric.diagonal(dim1=1, dim2=2)[..., None]).flatten(1).amax(1) / 2
+        objective = -_dot(point, gradient + linear) / 2
+        single = (linear.square() / self.metric.diagonal(dim1=1, dim2=2)[..., None]).flatten(1).amax(1) / 2
         floor = SMALLEST_GAIN * torch.maximum(objective.abs(), single)
         return Certificate(gap, gain, torch.maximum(gain, floor)), residual
 
@@ -144,19 +170,27 @@ def _solve(programs: _Together, dense: Tensor, start: Tensor | None, solver: Con
     problem, dtype = programs.problem, torch.promote_types(dense.dtype, torch.float32)
     weight = torch.where(problem.mask, dense.to(problem.mask.device), 0).to(dtype)
     state = _State(weight, *programs.certify(weight))
+    every = torch.arange(len(programs.metric), device=weight.device)
     if start is not None:
-        state, _ = _better(programs, state, torch.where(problem.mask, start.to(weight.device), 0).to(dtype))
-    steps = 0
-    while not bool((state.certificate.relative <= solver.tolerance).all()):
+        state, _ = state.better(programs, every, torch.where(problem.mask, start.to(weight.device), 0).to(dtype))
+    steps, status = 0, Status.OPTIMAL
+    unfinished = (~(state.certificate.relative <= solver.tolerance)).nonzero()[:, 0]
+    while len(unfinished):
         if steps >= solver.max_steps:
-            return _Part(state.weight, state.certificate, Status.STEP_LIMIT, steps)
-        correction, taken = _descend(programs, state, solver, solver.max_steps - steps)
+            return _Part(state.weight, state.certificate, max(status, Status.STEP_LIMIT, key=list(Status).index), steps)
+        part, before = programs.runs(unfinished), state.certificate.rows(unfinished)
+        correction, taken = _correct(part, state.residual[unfinished], before.scale, solver, solver.max_steps - steps)
         steps += taken
-        moved = state.weight + correction.flatten(0, 1) * problem.gram.scale
-        state, any_better = _better(programs, state, moved.to(dtype))
-        if not any_better:
-            return _Part(state.weight, state.certificate, Status.PRECISION_LIMIT, steps)
-    return _Part(state.weight, state.certificate, Status.OPTIMAL, steps)
+        moved = state.weight[programs.rows_of(unfinished)] + correction.flatten(0, 1) * problem.gram.scale
+        state, better = state.better(part, unfinished, moved.to(dtype))
+        after = state.certificate.rows(unfinished)
+        finished = better & (after.relative <= solver.tolerance)
+        # As in `refit`: what stopped by itself has done what its precision allows.
+        stuck = ~finished & ~(after.gap <= before.gap / 2) & (steps < solver.max_steps)
+        if stuck.any():
+            status = Status.PRECISION_LIMIT
+        unfinished = unfinished[~finished & ~stuck]
+    return _Part(state.weight, state.certificate, status, steps)
 
 
 @dataclass(frozen=True)
@@ -167,52 +201,74 @@ class _State:
     certificate: Certificate
     residual: Tensor
 
+    def better(self, part: _Together, runs: Tensor, weight: Tensor) -> tuple["_State", Tensor]:
+        """This with other weights (c·d, n) of c `runs`, the programs `part`, where they gain more or are proven nearer.
 
-def _better(programs: _Together, state: _State, weight: Tensor) -> tuple[_State, bool]:
-    """The state with those runs of other weights (m, n) that gain more or are proven nearer; whether there are any."""
-    (certificate, residual), before = programs.certify(weight), state.certificate
-    nearer = (certificate.gap < before.gap) & (certificate.gain >= 0)
-    better = torch.isfinite(certificate.gap) & ((certificate.gain > before.gain) | nearer)
-    runs = better.nonzero()[:, 0]
-    rows = better.repeat_interleave(residual.shape[1])[:, None]
-    return _State(
-        torch.where(rows, weight, state.weight),
-        before.replace(runs, certificate.rows(runs)),
-        torch.where(better[:, None, None], residual, state.residual),
-    ), len(runs) > 0
+        And (c,) which of them are.
+        """
+        (certificate, residual), before = part.certify(weight), self.certificate.rows(runs)
+        nearer = (certificate.gap < before.gap) & (certificate.gain >= 0)
+        better = torch.isfinite(certificate.gap) & ((certificate.gain > before.gain) | nearer)
+        taken = better.nonzero()[:, 0]
+        rows = part.rows_of(runs[taken])
+        return _State(
+            self.weight.index_copy(0, rows, weight[part.rows_of(taken)]),
+            self.certificate.replace(runs[taken], certificate.rows(taken)),
+            self.residual.index_copy(0, runs[taken], residual[taken]),
+        ), better
 
 
-def _descend(programs: _Together, state: _State, solver: ConjugateGradients, max_steps: int) -> tuple[Tensor, int]:
-    """Conjugate gradients on all runs at once, preconditioned with C⁻¹ ⊗ H⁻¹ on the mask: a correction, the steps."""
-    gram, residual = programs.gram, state.residual
+def _correct(
+    programs: _Together, residual: Tensor, gain: Tensor, solver: ConjugateGradients, max_steps: int
+) -> tuple[Tensor, int]:
+    """A correction (b, d, n) by conjugate gradients, preconditioned with C⁻¹ ⊗ H⁻¹ on the mask; the steps it took."""
+    gram = programs.problem.gram
     dtype = working_dtype(gram, solver.dtype)
-    unit = residual.flatten(1).abs().amax(1)[:, None, None]
+    unit = residual.flatten(1).abs().amax(1)
     unit = torch.where(unit > 0, unit, 1.0)  # so that no run overflows or vanishes in that dtype
-    enough = _SAFETY * solver.tolerance * (state.certificate.scale / unit.flatten().square()).to(dtype)
-    matrix, inverse = gram.matrix.to(dtype), gram.inverse.to(dtype)
-    metric, undone, keep = (what.to(dtype) for what in (programs.metric, programs.inverse, programs.mask))
-    x, r = torch.zeros_like(residual, dtype=dtype), (residual / unit).to(dtype)
-    steps = 0
+    system = _Runs(*(matrix.to(dtype) for matrix in (gram.matrix, gram.inverse, programs.metric, programs.inverse)))
+    wide = unit[:, None, None]
     with tensor_float32(residual.device, allowed=False), torch.autocast(residual.device.type, enabled=False):
-        z = (undone @ (r @ inverse)).mul_(keep)
-        p, rz = z.clone(), _dot(r, z)
-        while steps < max_steps and bool((rz / 2 > enough).any()):  # ½ r·z bounds what is left
-            q = (metric @ (p @ matrix)).mul_(keep)
-            length = _ratio(rz, _dot(p, q))
-            x.addcmul_(length, p)
-            r.addcmul_(length, q, value=-1)
-            z = (undone @ (r @ inverse)).mul_(keep)
-            before, rz = rz, _dot(r, z)
-            p = torch.addcmul(z, _ratio(rz, before), p)
-            steps += 1
-    return x.to(residual.dtype) * unit, steps
+        correction, steps = iterate(
+            system,
+            residual / wide,
+            programs.by_run(programs.problem.mask).to(dtype),
+            gain / unit / unit,
+            tolerance=solver.tolerance,
+            max_steps=max_steps,
+        )
+    return correction * wide, steps
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """A `System` of runs (b, d, n): C ⊗ H and its inverse, whose product with the residual is the bound."""
+
+    matrix: Tensor
+    inverse: Tensor
+    metric: Tensor
+    metric_inverse: Tensor
+
+    def multiply(self, point: Tensor) -> Tensor:
+        return self.metric @ (point @ self.matrix)
+
+    def precondition(self, residual: Tensor) -> Tensor:
+        return self.metric_inverse @ (residual @ self.inverse)
+
+    def bound(self, residual: Tensor, product: Tensor) -> Tensor:
+        return product / 2
+
+    def rows(self, index: Tensor) -> "_Runs":
+        return _Runs(self.matrix, self.inverse, self.metric[index], self.metric_inverse[index])
 
 
 def _damped(metric: Tensor) -> Tensor:
     """With mean diagonal 1 and some damping; the identity where it was 0."""
     identity = torch.eye(metric.shape[1], dtype=metric.dtype, device=metric.device)
-    mean = metric.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    return torch.where(mean > 0, (metric + metric.mT) / (2 * mean), identity) + _DAMPING * identity
+    largest = metric.flatten(1).abs().amax(1)[:, None, None]
+    metric = torch.where(largest > 0, metric / largest, identity)  # sums of very large entries would overflow
+    mean = metric.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]  # 0 with entries beside it is refused behind this
+    return torch.where(mean > 0, (metric + metric.mT) / (2 * mean), -identity) + _DAMPING * identity
 
 
 def _check_metric(metric: Tensor, weight: Tensor) -> None:
@@ -233,8 +289,3 @@ def _norm(runs: Tensor) -> Tensor:
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """(b,) products of the runs."""
     return (a * b).flatten(1).sum(1)
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """(b, 1, 1) quotient that is 0 for a run with nothing left to do."""
-    return torch.where(denominator > 0, numerator / denominator, 0.0)[:, None, None]

@@ -35,7 +35,7 @@ def predictions(walker: Walker, name: str, windows: str) -> Tensor:
 @pytest.fixture
 def short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of five positions in a batch of two windows."""
-    monkeypatch.setattr(importlib.import_module("trimfit.models.walk"), "_LOGITS", 2 * 5 * VOCABULARY)
+    monkeypatch.setattr(importlib.import_module("trimfit.models.walk"), "_MOST_PREDICTIONS", 2 * 5 * VOCABULARY)
 
 
 @pytest.mark.usefixtures("short_spans")

@@ -504,7 +504,10 @@ EVERYTHING = ALL_FAMILIES | VARIANTS
 # Whose attention is called, or changes what Q and K give, in a way that no other family's is.
 OWN_ATTENTION = _table(
     _variant("olmo", clip_qkv=1.0),
-    Family("afmoe", options=_LLAMA_SIZES | {"head_dim": 8}),
+    Family(
+        "afmoe",
+        options=_LLAMA_SIZES | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
     Family(
         "minimax_m3_vl_text",
         options=_LLAMA_SIZES

@@ -16,7 +16,8 @@
 All see each group of layers through what is pruned already. Layers that an N:M pattern does not divide stay dense;
 `best` refits them (`keep_dense`), and with the target "layer" of the other protocols there is nothing to refit.
 Excess is ln perplexity less that of the dense model.
-With --task there is the accuracy on a task of `trimfit eval` too.
+With --task there is the accuracy on a task of `trimfit eval` too; with --divergence the mean KL divergence from the
+dense model's predictions, in nats.
 Prints each cell as it comes, then Markdown tables.
 """
 
@@ -56,6 +57,7 @@ def main() -> None:
     options.add_argument("--patterns", nargs="*", default=list(PATTERNS))
     options.add_argument("--methods", nargs="*", default=DEFAULT)
     options.add_argument("--task", help="as of trimfit eval --tasks: demo, continuation:FILE")
+    options.add_argument("--divergence", action="store_true", help="from the dense model's predictions, too")
     arguments = options.parse_args()
     SELECTORS["alps"] = Selector(alps, "layer", updates_weights=True)
     bench = Bench(arguments)
@@ -81,6 +83,8 @@ def main() -> None:
             cell["processor_seconds"] = processor  # what other work on the machine lengthens least
             if (reached := accuracy(bench, arguments.task)) is not None:
                 cell["accuracy"] = reached.value
+            if arguments.divergence:
+                cell["divergence"] = bench.divergence()
             cells.append(cell)
             print(json.dumps(cells[-1]), flush=True)
 
@@ -91,6 +95,8 @@ def main() -> None:
         f"{bench.dense.perplexity:.3f}; {arguments.seeds} seeds, mean ± std.\n"
     )
     print(tables(cells))
+    if arguments.divergence:
+        print("\n" + table(cells, "divergence", ".4f"))
     if dense is not None:
         print(f"\nAccuracy on {arguments.task}: dense {dense.value:.3f} ± {dense.standard_error:.3f}.\n")
         print(table(cells, "accuracy", ".3f"))

@@ -154,7 +154,7 @@ def test_runs_in_chunks_are_those_of_one(monkeypatch: pytest.MonkeyPatch):
     case = Case.draw(3, b=5)
     whole = refit_together(case.gram, case.weight, case.mask, case.metric, solver=TIGHT)
     # By name: as an attribute of the package, trimfit.refit is the function.
-    monkeypatch.setattr(importlib.import_module("trimfit.refit.together"), "_CHUNK_ELEMENTS", 80)  # two runs
+    monkeypatch.setattr(importlib.import_module("trimfit.refit.refinement"), "_CHUNK_ELEMENTS", 80)  # two runs
     parts = refit_together(case.gram, case.weight, case.mask, case.metric, solver=TIGHT)
     torch.testing.assert_close(parts.weight, whole.weight, rtol=1e-6, atol=1e-8)
     assert parts.certificate.gap.shape == (5,) and parts.status is Status.OPTIMAL

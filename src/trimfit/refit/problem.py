@@ -69,7 +69,7 @@ def unit_rounding(tensor: Tensor) -> float:
     return torch.finfo(tensor.dtype).eps / 2
 
 
-def check(gram: FactoredGram, weight: Tensor, mask: Tensor, target: Tensor | None) -> None:
+def check(gram: FactoredGram, weight: Tensor, mask: Tensor, target: Tensor | None, start: Tensor | None) -> None:
     """Raises `InputError` for shapes, dtypes and devices that do not fit and for NaN or infinite entries."""
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != gram.size:
         raise InputError(
@@ -92,3 +92,16 @@ def check(gram: FactoredGram, weight: Tensor, mask: Tensor, target: Tensor | Non
             raise InputError(f"the {name} must have a floating dtype, but it has {named[name].dtype}")
         if not torch.isfinite(named[name]).all():
             raise InputError(f"the {name} has NaN or infinite entries: the model or an earlier step is damaged")
+    if start is not None:
+        _check_start(start, weight)
+
+
+def _check_start(start: Tensor, weight: Tensor) -> None:
+    """Raises `InputError` where `start` could not stand in for `weight`."""
+    if start.shape != weight.shape or not start.is_floating_point() or start.device != weight.device:
+        raise InputError(
+            f"the start must be floating, of shape {tuple(weight.shape)} and on {weight.device} as the weight is, but "
+            f"it is {start.dtype} of shape {tuple(start.shape)} on {start.device}"
+        )
+    if not torch.isfinite(start).all():
+        raise InputError("the start has NaN or infinite entries: leave it out, or mend the selector that made it")

@@ -21,11 +21,10 @@ from trimfit.refit.conjugate_gradients import ConjugateGradients
 from trimfit.refit.gram import FactoredGram
 from trimfit.refit.iteration import iterate
 from trimfit.refit.problem import Problem, check, make_problem, unit_rounding
-from trimfit.refit.refit import RefitSolution, Status, check_start
-from trimfit.refit.solver import working_dtype
+from trimfit.refit.refinement import RefitSolution, chunks, program_rows, refine, solution
+from trimfit.refit.solver import Solver, working_dtype
 
 _DAMPING = 0.01  # of the mean diagonal of C: draws that it is the mean of are few in some directions
-_CHUNK_ELEMENTS = 2**25  # of the runs solved together, to bound memory
 
 
 @torch.no_grad()
@@ -54,44 +53,27 @@ def refit_together(
     """
     began = time.perf_counter()
     solver = solver or ConjugateGradients()
-    check(gram, weight, mask, target)
+    check(gram, weight, mask, target, start)
     _check_metric(metric, weight)
-    if start is not None:
-        check_start(start, weight)
-    gram = gram.certifiable
-    size = metric.shape[1]
-    runs = max(1, _CHUNK_ELEMENTS // (size * gram.size))
-    targets, starts = (
-        [None] * len(weight) if what is None else list(what.split(runs * size)) for what in (target, start)
-    )
+    gram, depth = gram.certifiable, metric.shape[1]
     parts = [
-        _solve(_Together.of(make_problem(gram, dense, kept, goal), some), dense, first, solver)
-        for dense, kept, some, goal, first in zip(
-            weight.split(runs * size), mask.split(runs * size), metric.split(runs), targets, starts, strict=False
+        refine(
+            _Together.of(
+                make_problem(gram, weight[rows], mask[rows], None if target is None else target[rows]),
+                metric[rows.start // depth : rows.stop // depth],
+            ),
+            weight[rows],
+            None if start is None else start[rows],
+            solver,
         )
+        for rows in chunks(len(weight), gram.size, depth)
     ]
-    return RefitSolution(
-        weight=torch.cat([part.weight for part in parts]).to(weight.device),
-        certificate=Certificate.concatenate([part.certificate for part in parts]),
-        status=max((part.status for part in parts), key=list(Status).index),
-        steps=max(part.steps for part in parts),
-        damping=gram.damping,
-        solver=solver,
-        seconds=time.perf_counter() - began,
-    )
-
-
-@dataclass(frozen=True)
-class _Part:
-    weight: Tensor
-    certificate: Certificate
-    status: Status
-    steps: int
+    return solution(parts, gram.damping, solver, weight.device, began)
 
 
 @dataclass(frozen=True)
 class _Together:
-    """The programs of b runs of d rows in unit-diagonal coordinates.
+    """`Programs` of b runs of d rows, in unit-diagonal coordinates.
 
     - `problem`: of the rows, as if each counted alone.
     - `metric`, `factor`, `inverse`: (b, d, d) damped C, its lower Cholesky factor, and C⁻¹.
@@ -114,25 +96,24 @@ class _Together:
             )
         return _Together(problem, metric, factor, torch.cholesky_inverse(factor))
 
-    def runs(self, index: Tensor) -> "_Together":
-        """The programs of some runs."""
-        rows = self.rows_of(index)
-        return _Together(self.problem.rows(rows), self.metric[index], self.factor[index], self.inverse[index])
+    @property
+    def depth(self) -> int:
+        return self.metric.shape[1]
 
-    def rows_of(self, index: Tensor) -> Tensor:
-        """Which rows some runs have."""
-        size = self.metric.shape[1]
-        return (index[:, None] * size + torch.arange(size, device=index.device)).flatten()
+    def pick(self, index: Tensor) -> "_Together":
+        problem = self.problem.rows(program_rows(index, self.depth))
+        return _Together(problem, self.metric[index], self.factor[index], self.inverse[index])
 
     def by_run(self, rows: Tensor) -> Tensor:
         """Rows (m, n) as (b, d, n)."""
         return rows.view(*self.metric.shape[:2], -1)
 
-    def certify(self, weight: Tensor) -> tuple[Certificate, Tensor]:
-        """Certificate (b,) of `weight` (m, n), and its residual (b, d, n)."""
+    def certify(self, weight: Tensor | None) -> tuple[Certificate, Tensor]:
         problem, gram = self.problem, self.problem.gram
-        point = weight.to(problem.linear.dtype) / gram.scale
-        plain = problem.linear - point @ gram.matrix
+        point, plain = problem.start, problem.start_gradient
+        if weight is not None:
+            point = weight.to(problem.linear.dtype) / gram.scale
+            plain = problem.linear - point @ gram.matrix
         gradient = self.metric @ self.by_run(plain)
         mask = self.by_run(problem.mask)
         residual = gradient * mask
@@ -156,88 +137,29 @@ class _Together:
         objective = -_dot(point, gradient + linear) / 2
         single = (linear.square() / self.metric.diagonal(dim1=1, dim2=2)[..., None]).flatten(1).amax(1) / 2
         floor = SMALLEST_GAIN * torch.maximum(objective.abs(), single)
-        return Certificate(gap, gain, torch.maximum(gain, floor)), residual
+        return Certificate(gap, gain, torch.maximum(gain, floor)), residual.flatten(0, 1)
+
+    def correct(self, solver: Solver, residual: Tensor, gain: Tensor, max_steps: int) -> tuple[Tensor, int]:
+        """By conjugate gradients, preconditioned with C⁻¹ ⊗ H⁻¹ on the mask."""
+        gram = self.problem.gram
+        dtype = working_dtype(gram, solver.dtype)
+        system = _Runs(*(matrix.to(dtype) for matrix in (gram.matrix, gram.inverse, self.metric, self.inverse)))
+        with tensor_float32(residual.device, allowed=False):
+            correction, steps = iterate(
+                system,
+                self.by_run(residual),
+                self.by_run(self.problem.mask).to(dtype),
+                gain,
+                tolerance=solver.tolerance,
+                max_steps=max_steps,
+            )
+        return correction.flatten(0, 1), steps
 
     def _lost(self, point: Tensor, plain: Tensor, norm: Tensor) -> Tensor:
         """(b,) bound on the 2-norm of the rounding error in C·`plain`, the gradient at `point`."""
         rows = rounding_of_gradient(self.problem, point).view(self.metric.shape[:2])
         product = (self.metric.shape[1] + 8) * unit_rounding(point) * _norm(self.by_run(plain))
         return norm * (rows.norm(dim=1) + product)
-
-
-def _solve(programs: _Together, dense: Tensor, start: Tensor | None, solver: ConjugateGradients) -> _Part:
-    """Iterative refinement, as in `refit`: what the exact residual shows is corrected until every run is certified."""
-    problem, dtype = programs.problem, torch.promote_types(dense.dtype, torch.float32)
-    weight = torch.where(problem.mask, dense.to(problem.mask.device), 0).to(dtype)
-    state = _State(weight, *programs.certify(weight))
-    every = torch.arange(len(programs.metric), device=weight.device)
-    if start is not None:
-        state, _ = state.better(programs, every, torch.where(problem.mask, start.to(weight.device), 0).to(dtype))
-    steps, status = 0, Status.OPTIMAL
-    unfinished = (~(state.certificate.relative <= solver.tolerance)).nonzero()[:, 0]
-    while len(unfinished):
-        if steps >= solver.max_steps:
-            return _Part(state.weight, state.certificate, max(status, Status.STEP_LIMIT, key=list(Status).index), steps)
-        part, before = programs.runs(unfinished), state.certificate.rows(unfinished)
-        correction, taken = _correct(part, state.residual[unfinished], before.scale, solver, solver.max_steps - steps)
-        steps += taken
-        moved = state.weight[programs.rows_of(unfinished)] + correction.flatten(0, 1) * problem.gram.scale
-        state, better = state.better(part, unfinished, moved.to(dtype))
-        after = state.certificate.rows(unfinished)
-        finished = better & (after.relative <= solver.tolerance)
-        # As in `refit`: what stopped by itself has done what its precision allows.
-        stuck = ~finished & ~(after.gap <= before.gap / 2) & (steps < solver.max_steps)
-        if stuck.any():
-            status = Status.PRECISION_LIMIT
-        unfinished = unfinished[~finished & ~stuck]
-    return _Part(state.weight, state.certificate, status, steps)
-
-
-@dataclass(frozen=True)
-class _State:
-    """Weights (m, n), their certificate (b,) and their residual (b, d, n)."""
-
-    weight: Tensor
-    certificate: Certificate
-    residual: Tensor
-
-    def better(self, part: _Together, runs: Tensor, weight: Tensor) -> tuple["_State", Tensor]:
-        """This with other weights (c·d, n) of c `runs`, the programs `part`, where they gain more or are proven nearer.
-
-        And (c,) which of them are.
-        """
-        (certificate, residual), before = part.certify(weight), self.certificate.rows(runs)
-        nearer = (certificate.gap < before.gap) & (certificate.gain >= 0)
-        better = torch.isfinite(certificate.gap) & ((certificate.gain > before.gain) | nearer)
-        taken = better.nonzero()[:, 0]
-        rows = part.rows_of(runs[taken])
-        return _State(
-            self.weight.index_copy(0, rows, weight[part.rows_of(taken)]),
-            self.certificate.replace(runs[taken], certificate.rows(taken)),
-            self.residual.index_copy(0, runs[taken], residual[taken]),
-        ), better
-
-
-def _correct(
-    programs: _Together, residual: Tensor, gain: Tensor, solver: ConjugateGradients, max_steps: int
-) -> tuple[Tensor, int]:
-    """A correction (b, d, n) by conjugate gradients, preconditioned with C⁻¹ ⊗ H⁻¹ on the mask; the steps it took."""
-    gram = programs.problem.gram
-    dtype = working_dtype(gram, solver.dtype)
-    unit = residual.flatten(1).abs().amax(1)
-    unit = torch.where(unit > 0, unit, 1.0)  # so that no run overflows or vanishes in that dtype
-    system = _Runs(*(matrix.to(dtype) for matrix in (gram.matrix, gram.inverse, programs.metric, programs.inverse)))
-    wide = unit[:, None, None]
-    with tensor_float32(residual.device, allowed=False), torch.autocast(residual.device.type, enabled=False):
-        correction, steps = iterate(
-            system,
-            residual / wide,
-            programs.by_run(programs.problem.mask).to(dtype),
-            gain / unit / unit,
-            tolerance=solver.tolerance,
-            max_steps=max_steps,
-        )
-    return correction * wide, steps
 
 
 @dataclass(frozen=True)

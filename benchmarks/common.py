@@ -1,6 +1,7 @@
 """What all benchmark scripts share."""
 
 import argparse
+import copy
 import datetime
 import importlib.metadata
 import os
@@ -121,16 +122,14 @@ class Bench:
     def divergence(self) -> float:
         """Mean KL divergence of the model's predictions from the dense model's, in nats per token of the full windows.
 
-        Less noisy than a difference of perplexities: every token tells how far the two are apart.
+        Less noisy than a difference of perplexities: every token tells how far the two are apart. In float32.
         """
         if self._reference is None:
-            self._reference = trimfit.load_checkpoint(self._source).model.eval()
+            self._reference = trimfit.load_checkpoint(self._source).model.float().eval()
+        models = self._reference, copy.deepcopy(self.model).float().eval()
         total, count = 0.0, 0
-        self.model.eval()
         for batch in self._scored_windows().split(16):
-            goal, found = (
-                torch.log_softmax(model(input_ids=batch).logits.float(), -1) for model in (self._reference, self.model)
-            )
+            goal, found = (torch.log_softmax(model(input_ids=batch).logits, -1) for model in models)
             total += (goal.exp() * (goal - found)).sum().item()
             count += batch.numel()
         return total / count

@@ -58,7 +58,7 @@ def test_each_record_is_on_the_disk_before_the_next(path: Path, monkeypatch: pyt
         ({"model": "b" * 64}, "model (was aaaaaaaaaaaa…, is bbbbbbbbbbbb…)"),
         ({"limit": 5}, "limit (was None, is 5)"),
         (dict.fromkeys("abcdefghij", 1), ", ".join(f"{name} (was None, is 1)" for name in "abcdefgh") + " and 2 more"),
-        ({"versions": {"torch": "2.14.0"}}, "versions (was {'torch': '2.13.0'}, is {'torch': '2.14.0'})"),
+        ({"versions": {"torch": "2.14.0"}}, "versions.torch (was 2.13.0, is 2.14.0)"),
     ],
 )
 def test_another_run_is_refused_and_named(path: Path, change: dict[str, Any], named: str) -> None:

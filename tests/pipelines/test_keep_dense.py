@@ -53,6 +53,12 @@ def test_left_as_it_is_with_the_target_layer():
     assert {record.accepted for record in report.layers if "down" in record.name} == {"none"}
 
 
+def test_rows_of_what_is_left_as_it_is_were_not_weighed():
+    report = prune(FAMILIES["llama"].build(), TOKENS, PruneConfig(keep_dense=("q_proj",), target="layer"))
+    rows = {record.name.rpartition(".")[2]: record.rows for record in report.layers}
+    assert (rows["q_proj"], rows["k_proj"]) == ("equal", "attention")
+
+
 def test_inputs_that_calibration_never_excites_keep_their_weights():
     model, dense = FAMILIES["opt"].build(), FAMILIES["opt"].build()
     name = "model.decoder.layers.1.fc2"

@@ -169,6 +169,13 @@ def test_float32_weights_meet_the_tolerance():
     assert few.status is Status.STEP_LIMIT and few.steps == 1
 
 
+def test_a_gram_matrix_may_be_a_tensor():
+    case = Case.draw(4)
+    plain = refit_together(case.gram.raw, case.weight, case.mask, case.metric)
+    factored = refit_together(FactoredGram(case.gram.raw), case.weight, case.mask, case.metric)
+    assert plain.damping == 0 and torch.equal(plain.weight, factored.weight)
+
+
 def test_dead_inputs_get_no_weight():
     case = Case.draw(5)
     gram = case.gram.raw.clone()
@@ -184,6 +191,10 @@ def test_metrics_that_do_not_fit_are_refused():
             refit_together(case.gram, case.weight, case.mask, metric)
     negative = torch.eye(4, dtype=torch.float64).repeat(3, 1, 1)
     negative[1, 0, 1] = negative[1, 1, 0] = 5
+    lopsided = case.metric.clone()
+    lopsided[0, 0, 1] += 1
+    with pytest.raises(InputError, match="the metric is not symmetric"):
+        refit_together(case.gram, case.weight, case.mask, lopsided)
     hollow = torch.ones(3, 4, 4, dtype=torch.float64) - torch.eye(4, dtype=torch.float64)
     for metric, count in ((negative, 1), (hollow, 3)):
         with pytest.raises(InputError, match=f"the metric of {count} of 3 runs of rows is not positive semi-definite"):

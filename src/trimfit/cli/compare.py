@@ -76,7 +76,7 @@ def compare(
     from trimfit.cli import show
     from trimfit.pipelines import CompareConfig
     from trimfit.pipelines import compare as run
-    from trimfit.pipelines.comparison_report import table
+    from trimfit.pipelines.comparison_report import PLOTS, table
 
     axes: dict[str, Any] = {
         "selectors": _values(selectors),
@@ -127,7 +127,8 @@ def compare(
     if json:
         print(json_module.dumps({"output": str(output), **comparison.record()}, indent=1, allow_nan=False))
     else:
-        print(table(comparison), *comparison.notes, f"written to {output} (comparison.md, .json, plots)", sep="\n")
+        plots = ", plots" if any(True for plot in PLOTS for _ in output.glob(plot)) else ""
+        print(table(comparison), *comparison.notes, f"written to {output} (comparison.md, .json{plots})", sep="\n")
     if comparison.failures:
         cells = sum(len(row.cells) for row in comparison.rows) + len(comparison.failures)
         raise RunError(

@@ -82,6 +82,7 @@ class Bench:
         try:
             self._restore()
             windows = self._draw(seed)
+            self._measure.begin()
             report = prune(self._checkpoint.model, windows, config, observer=observer, measure=self._measure)
             observer.stage("scoring")
             cell = cell.model_copy(update={"report": self._measure.told(report)})

@@ -4,33 +4,42 @@ import json
 import logging
 import math
 import os
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from trimfit.pipelines.comparison import Comparison, Row, pattern_name
+from trimfit.masks import NM, Pattern
+from trimfit.pipelines.comparison import Cell, Comparison, Row, pattern_name
 from trimfit.pipelines.config import PruneConfig
 from trimfit.pipelines.records import LayerRecord
 from trimfit.report import Curve, Spread, can_plot, markdown, plot_curves, plot_panels
 
 log = logging.getLogger(__name__)
 
+PLOTS = ("perplexity.png", "layer-error-*.png", "layer-seconds-*.png")
 _UPDATES = {"none": "none", "own": "own", "optimal": "optimal refit"}
 
 _Labels: TypeAlias = Mapping[str, Callable[[PruneConfig], str]]
 
-_ORDERS = {None: "", True: "reordered", False: "given"}
 
-# Columns that say what a row is. A column beyond the first three is shown where its values differ.
+def _scope(pattern: Pattern) -> str:
+    return "" if isinstance(pattern, NM) else pattern.scope
+
+
+# Columns that say what a row is, with the selector's defaults; empty where there is nothing to say. A column beyond the
+# first three is shown where what it says differs.
 _LABELS: _Labels = {
     "pattern": pattern_name,
     "mask": lambda config: config.selector,
     "update": lambda config: _UPDATES[config.refit],
     "target": lambda config: config.target,
-    "allocation": lambda config: config.split,
+    "scope": lambda config: _scope(config.mask_pattern),
+    "allocation": lambda config: config.split if config.pattern is None else "",
     "rows": lambda config: "attention" if config.weighs_rows else "equal",
-    "order": lambda config: _ORDERS[config.reorder],
+    "order": lambda config: "" if config.pattern is None else "reordered" if config.reorders else "given",
 }
+_ALWAYS = ("pattern", "mask", "update")
 # Columns of numbers: heading, quantity, format.
 _NUMBERS = (
     ("perplexity", "perplexity", ".3f"),
@@ -45,6 +54,9 @@ _PIVOTED = (("Perplexity", "perplexity", ".2f"), ("Layer error on held-out token
 
 def write_comparison(comparison: Comparison, out: Path) -> None:
     """`comparison.md`, `comparison.json` and, where matplotlib is installed, the plots, into the folder `out`."""
+    for plot in PLOTS:
+        for earlier in out.glob(plot):  # of other rows, or of some that fail now
+            earlier.unlink()
     _write(out / "comparison.md", report(comparison))
     _write(out / "comparison.json", json.dumps(comparison.record(), indent=1, allow_nan=False) + "\n")
     rows = [row for row in comparison.rows if row.cells]
@@ -74,16 +86,26 @@ def table(comparison: Comparison) -> str:
     """A row for the dense model and for each config, mean ± std over the seeds."""
     labels, dense = _labels(comparison.rows), comparison.dense
     assert dense.score is not None
-    columns = (*_NUMBERS, *((f"{task.name} ({task.metric})", task.name, ".4f") for task in dense.tasks))
     numbers = [f"{dense.score.perplexity:.3f}", f"{0:.4f}", *["–"] * (len(_NUMBERS) - 2)]
-    numbers += [Spread(task.value, task.standard_error, 1).text(".4f") for task in dense.tasks]
+    numbers += [_accuracy([dense], task.name) for task in dense.tasks]
     lines = [["dense", *[""] * (len(labels) - 1), *numbers, ""]]
     for row in comparison.rows:
-        shown = [_text(row.spread(comparison.quantities[name]), form) for _, name, form in columns]
+        shown = [_text(row.spread(comparison.quantities[name]), form) for _, name, form in _NUMBERS]
+        shown += [_accuracy(row.cells, task.name) for task in dense.tasks]
         if not row.cells:
             shown[0] = "failed"
         lines.append([*(of(row.config) for of in labels.values()), *shown, _count(row)])
-    return markdown([*labels, *(heading for heading, _, _ in columns), "seeds"], lines, left=len(labels))
+    headings = [heading for heading, _, _ in _NUMBERS] + [f"{task.name} ({task.metric})" for task in dense.tasks]
+    return markdown([*labels, *headings, "seeds"], lines, left=len(labels))
+
+
+def _accuracy(cells: Sequence[Cell], name: str) -> str:
+    """Mean over the seeds ± the mean standard error over examples."""
+    scores = [task for cell in cells for task in cell.tasks if task.name == name]
+    if not scores:
+        return "–"
+    value, error = (statistics.fmean(getattr(s, what) for s in scores) for what in ("value", "standard_error"))
+    return Spread(value, error, len(scores)).text(".4f")
 
 
 def _pivot(comparison: Comparison, quantity: str, form: str) -> str:
@@ -113,19 +135,20 @@ def _caption(comparison: Comparison) -> list[str]:
         "Layer error: ‖X(Ŵ−W)ᵀ‖² / ‖XWᵀ‖² on the held-out windows, mean over layers. Zeros: share in all linear layers "
         "of the blocks. Steps: the most of a layer's solver. Seconds: pruning alone.",
         f"In all cells: {', '.join(_common(comparison.rows))}.",
-        *(["Tasks: the dense model's ± is the standard error over examples."] if comparison.dense.tasks else []),
+        *(["Tasks: mean over seeds ± standard error over examples."] if comparison.dense.tasks else []),
         f"On {identity['device']}, with {versions}.",
     ]
 
 
 def _common(rows: Sequence[Row]) -> list[str]:
     """Settings that are the same in all rows and no column tells."""
-    told = {"selector", "refit", "sparsity", "pattern", "ignore", "keep_dense", "held_out"}
-    settings = [row.config.model_dump() for row in rows]
-    return [
+    told = {"selector", "refit", "sparsity", "pattern", "ignore", "keep_dense", "held_out", "row_weights", "reorder"}
+    settings = [row.config.model_dump(exclude={*told, *_LABELS}) for row in rows]
+    resolved = {name: {of(row.config) for row in rows} - {""} for name, of in _LABELS.items() if name not in _ALWAYS}
+    return [f"{name} {min(values)}" for name, values in resolved.items() if len(values) == 1] + [
         f"{name.replace('_', ' ')} {value}"
         for name, value in settings[0].items()
-        if name not in told and value is not None and all(other[name] == value for other in settings)
+        if all(other[name] == value for other in settings)
     ]
 
 
@@ -139,8 +162,9 @@ def _failures(comparison: Comparison) -> list[str]:
 
 
 def _labels(rows: Sequence[Row]) -> _Labels:
-    always = list(_LABELS)[:3]
-    return {name: of for name, of in _LABELS.items() if name in always or len({of(row.config) for row in rows}) > 1}
+    return {
+        name: of for name, of in _LABELS.items() if name in _ALWAYS or len({of(row.config) for row in rows} - {""}) > 1
+    }
 
 
 def _count(row: Row) -> str:

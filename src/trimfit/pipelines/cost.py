@@ -17,9 +17,9 @@ from trimfit.models.outline import BlockOutline, GroupOutline, Outline
 from trimfit.pipelines.config import PruneConfig
 from trimfit.pipelines.sensitivity import TOKENS
 
-SOLVER_STEPS = 25  # of conjugate gradients to a gap of 1e-4; 15 to 40 were usual
+SOLVER_STEPS = 25  # of conjugate gradients to a gap of 1e-4; 15 to 40 were usual from masked weights
 ADMM_STEPS = 60
-_STEPS_TOGETHER = 4  # times the solver's steps, for rows of Q and K together; 39 to 219 were usual
+_STEPS_TOGETHER = 4  # times the solver's steps, for rows of Q and K together; 9 to 221 were seen
 _LOGIT_BYTES = 5 * 4  # for each logit whose curvature is taken: itself, its weight, their sums, two slopes
 _LOGIT_TRAFFIC = 16 * 4
 _STEPS_PER_INVERSE = 5

@@ -109,6 +109,7 @@ def _checksum(record: Mapping[str, Any]) -> str:
 
 
 def _check_same(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    was, now = _flat(was), _flat(now)
     names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
     if names:
         changes = ", ".join(
@@ -118,6 +119,14 @@ def _check_same(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> N
         raise InputError(
             f"{path} is of another run, which differs in {changes}; choose another output, or remove it to begin again"
         )
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """With those inside others by name, such as "calibration.samples"."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= {f"{name}.{n}": v for n, v in _flat(value).items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def _short(value: object, most: int = 60) -> str:

@@ -91,7 +91,7 @@ def prune_layer(
         sparsity=1 - int(selection.mask.sum()) / selection.mask.numel(),
         **errors,
         accepted=accepted,
-        rows="equal" if metric is None else "attention",
+        rows="equal" if metric is None or done else "attention",
         certificate=solution.certificate.layer if solution else None,
         worst_row=solution.certificate.relative.max().item() if solution else None,
         status=solution.status.value if solution else None,

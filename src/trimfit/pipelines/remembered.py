@@ -47,10 +47,13 @@ class Remembered:
         self._used, self._spared = self._known[key], 0.0 if known is None else known.seconds
         return self._used.found
 
+    def begin(self) -> None:
+        """Another run: what an earlier one used, and did not tell as it failed, is none of its business."""
+        self._used, self._spared = None, 0.0
+
     def told(self, report: PruneReport) -> PruneReport:
         """The report of the run in work, with the time that it would have taken on its own."""
         if self._used is None:
             return report
         stages = dict(Counter(report.stages) + Counter(self._used.stages))
-        seconds, self._used = report.seconds + self._spared, None
-        return report.model_copy(update={"seconds": seconds, "stages": stages})
+        return report.model_copy(update={"seconds": report.seconds + self._spared, "stages": stages})

@@ -29,7 +29,7 @@ _DAMPING = 0.01  # of the mean diagonal of C: draws that it is the mean of are f
 
 @torch.no_grad()
 def refit_together(
-    gram: FactoredGram,
+    gram: Tensor | FactoredGram,
     weight: Tensor,
     mask: Tensor,
     metric: Tensor,
@@ -44,7 +44,8 @@ def refit_together(
 
     - `metric`: (b, d, d) C of each of b = m / d runs of consecutive rows, symmetric, positive semi-definite. Only its
       shape counts, not its size; 0.01 of its mean diagonal is added to the diagonal. A run of zeros counts as C = I.
-    - `gram`, `weight` (m, n), `mask`, `target`, `start`: as for `refit`.
+    - `gram`, `weight` (m, n), `mask`, `target`, `start`: as for `refit`; a Gram matrix that comes as a tensor is taken
+      without damping.
     - `solver`: tolerance and step limit; always preconditioned with C⁻¹ ⊗ H⁻¹.
 
     **Returns** a `RefitSolution` whose certificate is of the b runs, never worse than the masked weights.
@@ -53,6 +54,8 @@ def refit_together(
     """
     began = time.perf_counter()
     solver = solver or ConjugateGradients()
+    if not isinstance(gram, FactoredGram):
+        gram = FactoredGram(gram)
     check(gram, weight, mask, target, start)
     _check_metric(metric, weight)
     gram, depth = gram.certifiable, metric.shape[1]
@@ -201,6 +204,8 @@ def _check_metric(metric: Tensor, weight: Tensor) -> None:
         )
     if not torch.isfinite(metric).all() or (metric.diagonal(dim1=1, dim2=2) < 0).any():
         raise InputError("the metric has NaN, infinite or negative diagonal entries: it is no mean of squares")
+    if (metric - metric.mT).abs().max() > 1e-3 * metric.abs().max():
+        raise InputError("the metric is not symmetric, so it is no mean of squares")
 
 
 def _norm(runs: Tensor) -> Tensor:

@@ -46,12 +46,13 @@ def test_killed_and_resumed(model: Path, text: Path, tmp_path: Path, kills: int,
         check=True,
     )
     results = json.loads(done.stdout)
-    assert [status for _, _, status in results] == [0] * kills
+    assert len(results) >= kills
     assert kills / 5 < sum(left for _, left, _ in results)  # many are killed while they are at work
-    assert nothing_but(tmp_path, [f"out-{i}" for i in range(kills + 1)])
+    assert all(status == 0 for _, _, status in results)
+    assert nothing_but(tmp_path, [f"out-{i}" for i in range(len(results) + 1)])
     expected = files(tmp_path / "out-0")
     assert len(expected) >= (4 if "gguf" in command else 5)
-    assert all(files(tmp_path / f"out-{i}") == expected for i in range(1, kills + 1))
+    assert all(files(tmp_path / f"out-{i}") == expected for i in range(1, len(results) + 1))
 
 
 def files(directory: Path) -> dict[str, bytes | dict[str, object]]:

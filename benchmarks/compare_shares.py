@@ -17,7 +17,7 @@ from common import Bench, machine, parser
 import trimfit
 from trimfit.calibration import split_held_out
 from trimfit.models import Walker, find_blocks
-from trimfit.pipelines.allocate import measure
+from trimfit.pipelines.pruning.allocate import measure
 from trimfit.refit import FactoredGram
 
 

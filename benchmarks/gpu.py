@@ -36,7 +36,7 @@ from trimfit import CalibrationConfig, PruneConfig, PruneReport, QuantizeConfig,
 from trimfit.calibration import held_out_count
 from trimfit.models.outline import outline
 from trimfit.pipelines import quantize_checkpoint
-from trimfit.pipelines.cost import Costs, Job
+from trimfit.pipelines.planning.prune_cost import Costs, Job
 from trimfit.throughput import Throughput, measure_throughput
 
 STAGES = ("allocation", "forward", "gram", "factorisation", "order", "mask", "refit", "errors", "load", "save")

@@ -18,7 +18,7 @@ from common import machine
 from prune_time import write
 
 COMMAND = "from trimfit.cli.main import main; main()"
-IMPORTS = "import trimfit.pipelines.prune_checkpoint, trimfit.pipelines.quantize_checkpoint, trimfit.pipelines.plan"
+IMPORTS = "from trimfit import prune_checkpoint, quantize_checkpoint; import trimfit.pipelines.planning.plan"
 WINDOWS = ("--calibration", "demo", "--samples", "64", "--sequence-length", "256")
 CASES = {
     "prune: Wanda, layer target": ["prune", "--selector", "wanda", "--target", "layer", *WINDOWS],

@@ -15,8 +15,8 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from trimfit import PruneConfig
 from trimfit.models.outline import Outline, outline
-from trimfit.pipelines.cost import Job
-from trimfit.pipelines.plan import disk_bytes
+from trimfit.pipelines.planning.plan import disk_bytes
+from trimfit.pipelines.planning.prune_cost import Job
 
 WINDOWS, HELD_OUT, LENGTH = 128, 16, 2048
 MODELS: dict[str, PreTrainedConfig] = {

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 import trimfit
 from trimfit.calibration import added_tokens, encode_documents, sample_windows
 from trimfit.models import Walker, find_blocks, find_folds
-from trimfit.pipelines.fold_block import balance_hidden, balance_inputs, transform_pair
+from trimfit.pipelines.quantizing.fold_block import balance_hidden, balance_inputs, transform_pair
 from trimfit.quant import Grid, Quantized, place_levels
 from trimfit.quant.nearest_plane import nearest_to_pseudo_inverse, with_feedback
 from trimfit.quant.pair_rounding import Pair, Solver, round_pair

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import trimfit
 from trimfit.masks import SELECTORS
-from trimfit.pipelines.journal import Journal
+from trimfit.pipelines.runs.journal import Journal
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
     python killed_runs.py KILLS OUTPUT COMMAND…
 
 Runs the command once undisturbed in OUTPUT-0, then again and again in OUTPUT-1, OUTPUT-2, …, each killed with SIGKILL
-at a random moment and then resumed: KILLS times, and on until a fifth of KILLS met a run at work, for a short one may be
-over. Prints a JSON list: for each kill the moment, whether anything was left to resume, and the exit status of the end.
+at a random moment and then resumed: KILLS times, and on until a fifth of KILLS met a run at work, for a short run may
+be over by then. Prints a JSON list: for each kill the moment, whether anything was left to resume, and the exit status
+of the end.
 """
 
 import json

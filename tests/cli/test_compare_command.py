@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from cli_helpers import COMMAND, Outcome, environment, is_one_sentence
 
-from trimfit.pipelines import compare_bench, comparison_report
+from trimfit.pipelines.comparing import bench as compare_bench
+from trimfit.pipelines.comparing import report as comparison_report
 
 Here = Callable[..., Outcome]
 PATIENCE = 240.0

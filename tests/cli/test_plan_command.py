@@ -12,8 +12,8 @@ from cli_helpers import CONTEXT, VOCABULARY, Outcome, is_one_sentence, make_mode
 from families import EXPERT_FAMILIES, FAMILIES
 
 from trimfit.cli import commands, plan
-from trimfit.pipelines import plan as planning
-from trimfit.pipelines.plan import Capacity
+from trimfit.pipelines.planning import plan as planning
+from trimfit.pipelines.planning.plan import Capacity
 from trimfit.throughput import Throughput
 
 RATES = Throughput(model=1e9, float32=1e9, float64=1e9, memory=1e9, calls=1e5, disk=1e9)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from trimfit.calibration import CalibrationConfig
     from trimfit.pipelines import PruneConfig, QuantizeConfig
-    from trimfit.pipelines.quantize_save import Format
+    from trimfit.pipelines.quantizing.save import Format
 
 
 def demo(

@@ -76,7 +76,7 @@ def compare(
     from trimfit.cli import show
     from trimfit.pipelines import CompareConfig
     from trimfit.pipelines import compare as run
-    from trimfit.pipelines.comparison_report import PLOTS, table
+    from trimfit.pipelines.comparing.report import PLOTS, table
 
     axes: dict[str, Any] = {
         "selectors": _values(selectors),

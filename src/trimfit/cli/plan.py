@@ -11,7 +11,7 @@ from trimfit.cli.options import model_source
 from trimfit.errors import InputError
 
 if TYPE_CHECKING:
-    from trimfit.pipelines.plan import Plan, Target
+    from trimfit.pipelines.planning.plan import Plan, Target
 
 _Output = Annotated[
     Path | None,
@@ -26,7 +26,7 @@ def plan(**given: Any) -> None:
 
 def plan_prune(given: dict[str, Any]) -> None:
     """Prints the plan of `trimfit prune` with these options."""
-    from trimfit.pipelines import plan
+    from trimfit.pipelines.planning import plan
 
     config, calibration = commands.prune_configs(given)
     target = _target(given)
@@ -35,7 +35,7 @@ def plan_prune(given: dict[str, Any]) -> None:
 
 def plan_quantize(given: dict[str, Any]) -> None:
     """Prints the plan of `trimfit quantize` with these options."""
-    from trimfit.pipelines import plan
+    from trimfit.pipelines.planning import plan
 
     config, calibration, checked = commands.quantize_configs(given)
     target = _target(given)
@@ -45,7 +45,7 @@ def plan_quantize(given: dict[str, Any]) -> None:
 def _target(given: dict[str, Any]) -> "Target":
     from trimfit.checkpoints import resolve_device
     from trimfit.cli import show
-    from trimfit.pipelines.plan import Target
+    from trimfit.pipelines.planning.plan import Target
     from trimfit.ranks import launched
 
     if launched():
@@ -61,7 +61,7 @@ def _target(given: dict[str, Any]) -> "Target":
 
 
 def _say(planned: "Plan", as_json: bool) -> None:
-    from trimfit.pipelines.plan import check_fits
+    from trimfit.pipelines.planning.plan import check_fits
 
     if as_json:
         print(planned.model_dump_json(indent=1))

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from trimfit.calibration import CalibrationConfig, SelfSample
-from trimfit.pipelines.quantize_records import QuantizeReport
-from trimfit.pipelines.records import PruneReport
 from trimfit.pipelines.windows import SAMPLED, digest
 
 FORMAT = 1  # of trimfit.json
@@ -30,7 +29,7 @@ class CheckpointRecord:
     calibration: CalibrationConfig | None
     windows: Tensor | None
     sample: SelfSample | None
-    report: PruneReport | QuantizeReport
+    report: BaseModel
     run: str | None = None
 
     def sidecar(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What every pipeline checks before anything changes."""
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,9 +11,7 @@ from trimfit.calibration import check_ids, context_length
 from trimfit.checkpoints.stream import Stream
 from trimfit.checkpoints.tensor_bytes import fingerprint_of
 from trimfit.errors import InputError
-from trimfit.masks import check_width
-from trimfit.models import Block, Layer, select_layers
-from trimfit.pipelines.config import PruneConfig
+from trimfit.models import Layer
 
 
 def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
@@ -51,18 +49,6 @@ def check_stream(stream: Stream) -> str:
             yield name, tensor
 
     return fingerprint_of(checked())
-
-
-def select_losing(model: PreTrainedModel, blocks: Sequence[Block], config: PruneConfig) -> list[Block]:
-    """The blocks, each with only those of its layers that lose weights.
-
-    Raises `InputError` for wrong patterns in `keep_dense`, and for a layer that the N:M pattern does not divide.
-    """
-    losing = select_layers(model, blocks, config.keep_dense, "keep-dense")
-    for layer in (layer for block in losing for layer in block.layers):
-        with naming(layer):
-            check_width(config.mask_pattern, layer.weight.shape[1])
-    return losing
 
 
 @contextmanager

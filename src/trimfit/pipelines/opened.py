@@ -17,9 +17,9 @@ from trimfit.errors import InputError
 from trimfit.heap import trim_heap
 from trimfit.models import Block, Placement
 from trimfit.pipelines.checks import check_finite, check_stream
-from trimfit.pipelines.prune_ledger import PruneLedger
-from trimfit.pipelines.prune_record import PruneRecord
-from trimfit.pipelines.run_directory import RunDirectory
+from trimfit.pipelines.pruning.checkpoint_record import PruneRecord
+from trimfit.pipelines.pruning.kept_ledger import PruneLedger
+from trimfit.pipelines.runs.directory import RunDirectory
 
 
 @dataclass(frozen=True)

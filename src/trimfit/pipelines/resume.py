@@ -12,15 +12,15 @@ from pydantic import BaseModel
 from trimfit.calibration import CalibrationConfig
 from trimfit.checkpoints import SIDECAR, resolve_device
 from trimfit.errors import InputError
-from trimfit.pipelines.config import PruneConfig
 from trimfit.pipelines.observer import Observer
-from trimfit.pipelines.prune_checkpoint import prune_checkpoint
-from trimfit.pipelines.quantize_checkpoint import quantize_checkpoint
-from trimfit.pipelines.quantize_config import QuantizeConfig
-from trimfit.pipelines.quantize_records import QuantizeReport
-from trimfit.pipelines.quantize_save import Format
-from trimfit.pipelines.records import PruneReport
-from trimfit.pipelines.run_directory import REQUEST, RunDirectory, run_path
+from trimfit.pipelines.pruning.checkpoint import prune_checkpoint
+from trimfit.pipelines.pruning.config import PruneConfig
+from trimfit.pipelines.pruning.records import PruneReport
+from trimfit.pipelines.quantizing.checkpoint import quantize_checkpoint
+from trimfit.pipelines.quantizing.config import QuantizeConfig
+from trimfit.pipelines.quantizing.records import QuantizeReport
+from trimfit.pipelines.quantizing.save import Format
+from trimfit.pipelines.runs.directory import REQUEST, RunDirectory, run_path
 from trimfit.ranks import ALONE, Ranks, local_device
 
 

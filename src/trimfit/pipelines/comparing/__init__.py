@@ -1,0 +1,1 @@
+"""A grid of prunings over several draws of the windows, and what it found."""

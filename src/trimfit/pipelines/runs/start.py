@@ -1,0 +1,56 @@
+"""What every run does before it works: its output is checked, its directory entered, its identity told."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from trimfit.checkpoints import check_output
+from trimfit.errors import InputError
+from trimfit.pipelines.environment import versions
+from trimfit.pipelines.runs.directory import RunDirectory, check_run_path
+from trimfit.ranks import Ranks
+
+
+def enter_run(stack: ExitStack, source: str, out: Path, overwrite: bool, request: Mapping[str, Any]) -> RunDirectory:
+    """The run directory, when `out` can be written."""
+    check_target(source, out, overwrite)
+    local = Path(source).expanduser().is_dir()
+    run = stack.enter_context(RunDirectory(out, {**request, "local": local}))
+    check_target(source, out, overwrite)  # an old output that a killed run had moved is back
+    return run
+
+
+def check_target(source: str, out: Path, overwrite: bool) -> None:
+    """Raises `InputError` when a run may not write `out`, as far as that can be told before it begins."""
+    if overwrite:
+        check_source_stays(source, out)
+    check_output(out, overwrite)
+    check_run_path(out)
+
+
+def there(run: RunDirectory | None) -> RunDirectory:
+    """The run directory in the first process, which alone asks."""
+    assert run is not None
+    return run
+
+
+def check_same_model(source: str, fingerprint: str, ranks: Ranks) -> None:
+    """Raises `InputError` when the processes have loaded different models."""
+    if ranks.first(lambda: fingerprint) != fingerprint:
+        raise InputError(f"the weights of {source} are not the same for all processes; copy the model again")
+
+
+def identity(command: str, model_fingerprint: str, **parts: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same for a run to go on, name by name: `parts` and the versions of all that computes."""
+    flat = {
+        f"{part}.{name}": v for part, values in (parts | {"version": versions()}).items() for name, v in values.items()
+    }
+    return {"command": command, "model": model_fingerprint, **flat}
+
+
+def check_source_stays(source: str, out: Path) -> None:
+    """`out` replaces all that lies there: never the model itself, or a folder around it."""
+    model = Path(source).expanduser().resolve()
+    if model.is_dir() and model.is_relative_to(out.resolve()):
+        raise InputError(f"writing {out} would destroy the model {source} itself; choose another output")

@@ -18,7 +18,7 @@ from trimfit.calibration.standard_library import EVALUATION, read_modules
 from trimfit.checkpoints import Checkpoint, load_checkpoint
 from trimfit.demo.run import model_path
 from trimfit.errors import InputError, RunError
-from trimfit.evaluate import TaskScore, evaluate_tasks, tasks
+from trimfit.evaluate import Tasks, TaskScore, evaluate_tasks, tasks
 from trimfit.evaluate.continuation import Example, continuation_examples
 
 LIMIT = 16
@@ -175,11 +175,39 @@ def test_tasks_of_lm_eval_go_by_name_in_the_order_asked_for(embedded: Checkpoint
         ("arc_easy", "arc_easy cannot be loaded .* hub, so the network"),
         ("./missing.yaml", "no task file or directory ./missing.yaml"),
         ("continuation:./missing.txt", "no such file: ./missing.txt"),
+        ("continuation:", "write continuation:my-text.txt"),
     ],
 )
 def test_what_cannot_be_evaluated_is_named(embedded: Checkpoint, asked: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
         evaluate_tasks(embedded.model, embedded.tokenizer, [asked])
+
+
+@pytest.mark.usefixtures("small_index")
+def test_a_directory_with_the_data_of_a_task_does_not_hide_it(
+    embedded: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sums").mkdir()
+    (tmp_path / "sums" / "test.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert evaluate_tasks(embedded.model, embedded.tokenizer, ["sums"], limit=1)[0].name == "sums"
+
+
+def test_a_fingerprint_is_of_the_questions_and_of_how_they_are_asked(task_file: Path) -> None:
+    first = Tasks([str(task_file)]).fingerprint()
+    assert Tasks([str(task_file)]).fingerprint() == first
+    data, text = task_file.parent.parent / "data.jsonl", task_file.read_text()
+    task_file.write_text(text.replace("{{question}}", "Q: {{question}}"))
+    assert Tasks([str(task_file)]).fingerprint() != first
+    task_file.write_text(text)
+    data.write_text(data.read_text().replace(" cheese", " bread"))
+    assert Tasks([str(task_file)]).fingerprint() != first
+
+
+def test_loaded_tasks_ask_every_model_the_same(embedded: Checkpoint, demo: TaskScore) -> None:
+    tasks = Tasks(["demo"])
+    for _ in range(2):
+        assert tasks.evaluate(embedded.model, embedded.tokenizer, limit=LIMIT) == [demo]
 
 
 @pytest.mark.usefixtures("small_index")
@@ -208,7 +236,12 @@ def test_an_empty_directory_is_refused(embedded: Checkpoint, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"limit": 0}, "limit of 0"), ({"batch_size": 0}, "batch_size is 0"), ({"tasks": []}, "no task is named")],
+    [
+        ({"limit": 0}, "limit of 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"tasks": []}, "no task is named"),
+        ({"tasks": "demo"}, "a list of names, but it is the text 'demo'"),
+    ],
 )
 def test_numbers_out_of_range(embedded: Checkpoint, options: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):

@@ -3,6 +3,7 @@
 import importlib
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trimfit import InputError
-from trimfit.refit import ConjugateGradients, FactoredGram, Status, refit, refit_together
+from trimfit.refit import Cholesky, ConjugateGradients, FactoredGram, Status, refit, refit_together
 
 TIGHT = ConjugateGradients(tolerance=1e-13, dtype=torch.float64)
 
@@ -174,6 +175,19 @@ def test_a_gram_matrix_may_be_a_tensor():
     plain = refit_together(case.gram.raw, case.weight, case.mask, case.metric)
     factored = refit_together(FactoredGram(case.gram.raw), case.weight, case.mask, case.metric)
     assert plain.damping == 0 and torch.equal(plain.weight, factored.weight)
+    damped = refit_together(case.gram.raw, case.weight, case.mask, case.metric, damping=0.1)
+    factored = refit_together(FactoredGram(case.gram.raw, 0.1), case.weight, case.mask, case.metric)
+    assert damped.damping == 0.1 and torch.equal(damped.weight, factored.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"damping": 0.1}, "damping belongs to the FactoredGram"), ({"solver": Cholesky()}, "the solver is Cholesky")],
+)
+def test_options_that_would_not_count_are_refused(options: dict[str, Any], words: str):
+    case = Case.draw(4)
+    with pytest.raises(InputError, match=words):
+        refit_together(case.gram, case.weight, case.mask, case.metric, **options)
 
 
 def test_dead_inputs_get_no_weight():

@@ -79,14 +79,14 @@ def compare(
     from trimfit.pipelines.comparing.report import PLOTS, table
 
     axes: dict[str, Any] = {
-        "selectors": _values(selectors),
-        "updates": _values(updates),
-        "targets": _values(targets),
-        "allocations": _values(allocations),
-        "row_weights": _values(row_weights),
+        "selectors": _values("--selectors", selectors),
+        "updates": _values("--updates", updates),
+        "targets": _values("--targets", targets),
+        "allocations": _values("--allocations", allocations),
+        "row_weights": _values("--row-weights", row_weights),
         "reorder": _answers(reorder),
         "sparsity": _shares(sparsity),
-        "patterns": _values(patterns),
+        "patterns": _values("--patterns", patterns),
     }
     common = {
         "scope": scope,
@@ -115,7 +115,7 @@ def compare(
                 field=field,
                 split=text_split,
                 window=window,
-                tasks=_values(tasks),
+                tasks=_values("--tasks", tasks),
                 limit=limit,
                 device=resolve_device(device),
                 observer=observer,
@@ -137,13 +137,16 @@ def compare(
         )
 
 
-def _values(given: _Axis) -> tuple[str, ...]:
+def _values(option: str, given: _Axis) -> tuple[str, ...]:
     """What stands between the commas of all uses of an option."""
-    return tuple(value for part in given or () for value in (v.strip() for v in part.split(",")) if value)
+    values = tuple(value for part in given or () for value in (v.strip() for v in part.split(",")) if value)
+    if given and not values:
+        raise InputError(f"{option} names nothing; name some, or leave it out")
+    return values
 
 
 def _shares(given: _Axis) -> tuple[float, ...]:
-    values = _values(given)
+    values = _values("--sparsity", given)
     try:
         return tuple(float(value) for value in values)
     except ValueError:
@@ -153,7 +156,7 @@ def _shares(given: _Axis) -> tuple[float, ...]:
 
 
 def _answers(given: _Axis) -> tuple[bool, ...]:
-    values = _values(given)
+    values = _values("--reorder", given)
     if wrong := [value for value in values if value not in ("yes", "no")]:
         raise InputError(f"--reorder takes yes, no or both as yes,no, but it is {wrong[0]!r}")
     return tuple(value == "yes" for value in values)

@@ -111,8 +111,10 @@ def prune(report: PruneReport, calibration: str, out: Path, *, as_json: bool) ->
     )
     if report.certificate is not None:
         unfinished = sum(record.status not in (None, "optimal") for record in report.layers)
+        refitted = sum(record.certificate is not None for record in report.layers)
+        which = "every layer" if refitted == len(report.layers) else f"each of the {refitted} refitted layers"
         console.print(
-            f"certificate: before rounding to the model's dtype, every layer is proven within {report.certificate:.1e} "
+            f"certificate: before rounding to the model's dtype, {which} is proven within {report.certificate:.1e} "
             f"of its optimum (gap / gain over the mask), at most {report.steps} solver steps"
             + (f"; {unfinished} layers did not reach the tolerance" if unfinished else "")
         )

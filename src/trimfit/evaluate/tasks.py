@@ -2,7 +2,9 @@
 
 import copy
 import difflib
+import hashlib
 import io
+import json
 import logging
 import random
 import warnings
@@ -82,27 +84,71 @@ def evaluate_tasks(
     for each task in it. Raises `InputError` when lm-eval is not installed, a task is unknown, its data cannot be had,
     or it wants images or to run code; `RunError` when the model gives NaN.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"at least 1 example is needed, but a limit of {limit} was given")
+    check_limit(limit)
     if batch_size < 1:
         raise InputError(f"a batch needs at least 1 sequence, but batch_size is {batch_size}")
-    if not tasks:
-        raise InputError("no task is named; give one, such as demo")
-    evaluator = _lm_eval("evaluator")
-    with _quiet(), _seeded(seed):
-        loaded = [_load(task) for task in dict.fromkeys(tasks)]
-        together = _join(loaded)
-        for task in together["tasks"].values():
-            _prepare(task, seed)
-        with evaluation_mode(model), _refused_nan(model):
-            results = evaluator.evaluate(
-                _wrap(model, tokenizer, batch_size),
-                together,
-                limit=limit,
-                bootstrap_iters=_BOOTSTRAPS,
-                log_samples=False,
-            )
-    return [_score(name, results, part) for part in loaded for name in _reported(part, results)]
+    return Tasks(tasks).evaluate(model, tokenizer, limit=limit, batch_size=batch_size, seed=seed)
+
+
+def check_limit(limit: int | None) -> None:
+    """Raises `InputError` for a number of examples of which nothing can be told."""
+    if limit is not None and limit < 1:
+        raise InputError(f"at least 1 example is needed, but a limit of {limit} was given")
+
+
+class Tasks:
+    """Tasks that are loaded, to be asked of one model or of many; `names` and errors as for `evaluate_tasks`."""
+
+    def __init__(self, names: Sequence[str]):
+        if isinstance(names, str):
+            raise InputError(f"tasks must be a list of names, but it is the text {names!r}; write [{names!r}]")
+        if not names:
+            raise InputError("no task is named; give one, such as demo")
+        with _quiet(), _seeded(0):
+            self._parts = [_load(name) for name in dict.fromkeys(names)]
+            self._together = _join(self._parts)
+        for task in self._together["tasks"].values():
+            _check(task)
+
+    def fingerprint(self) -> str:
+        """Of all questions, and of how they are asked: what scores of several models must have in common."""
+        found = hashlib.sha256()
+        with _quiet(), _seeded(0):
+            for name, task in sorted(self._together["tasks"].items()):
+                found.update(json.dumps([name, _way(task)], sort_keys=True, default=str).encode())
+                for document in task.eval_docs:
+                    found.update(json.dumps(document, sort_keys=True, default=str).encode())
+        return found.hexdigest()
+
+    def evaluate(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        limit: int | None = None,
+        batch_size: int = 16,
+        seed: int = 0,
+    ) -> list[TaskScore]:
+        """As `evaluate_tasks`."""
+        evaluator = _lm_eval("evaluator")
+        with _quiet(), _seeded(seed):
+            for task in self._together["tasks"].values():
+                _prepare(task, seed)
+            with evaluation_mode(model), _refused_nan(model):
+                results = evaluator.evaluate(
+                    _wrap(model, tokenizer, batch_size),
+                    self._together,
+                    limit=limit,
+                    bootstrap_iters=_BOOTSTRAPS,
+                    log_samples=False,
+                )
+        return [_score(name, results, part) for part in self._parts for name in _reported(part, results)]
+
+
+def _way(task: Any) -> Any:
+    """How a task asks and counts. Functions, whose text need not tell all, are of the version of lm-eval."""
+    config = task.config.to_dict()
+    return {name: value for name, value in config.items() if name != "custom_dataset"}
 
 
 def _lm_eval(module: str) -> Any:
@@ -149,13 +195,17 @@ def _load(task: str) -> dict[str, Any]:
     if task == DEMO:
         return _generated(task, read_modules(EVALUATION))
     if task.startswith(CONTINUATION):
-        return _generated(task, read_documents(task.removeprefix(CONTINUATION), split="test"))
+        text = task.removeprefix(CONTINUATION)
+        if not text:
+            raise InputError(f"{CONTINUATION} is made from a text, but none is named; write {CONTINUATION}my-text.txt")
+        return _generated(task, read_documents(text, split="test"))
     path = Path(task).expanduser()
-    if path.is_dir() or path.is_file():
+    named_as_path = "/" in task or path.suffix in (".yaml", ".yml")
+    if path.is_file() or (path.is_dir() and (named_as_path or any(path.rglob("*.y*ml")))):
         return _local(path)
-    if "/" in task or path.suffix in (".yaml", ".yml"):
+    if named_as_path:
         raise InputError(f"there is no task file or directory {task}")
-    return _registered(task)
+    return _registered(task)  # also beside a directory of that name, which may hold its data
 
 
 def _generated(name: str, documents: list[str]) -> dict[str, Any]:
@@ -223,13 +273,16 @@ def _join(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return together
 
 
-def _prepare(task: Any, seed: int) -> None:
-    """What lm-eval's `simple_evaluate` does to tasks; the rest of it gathers facts about the machine, which is slow."""
+def _check(task: Any) -> None:
     name = task.config.task
     if getattr(task, "UNSAFE_CODE", False):
         raise InputError(f"the task {name} runs code that the model writes, which trimfit does not")
     if getattr(task, "MULTIMODAL", False):
         raise InputError(f"the task {name} has images or sound, but the model reads text only")
+
+
+def _prepare(task: Any, seed: int) -> None:
+    """What lm-eval's `simple_evaluate` does to tasks; the rest of it gathers facts about the machine, which is slow."""
     if task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=seed)

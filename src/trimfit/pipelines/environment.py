@@ -7,9 +7,9 @@ import sys
 import torch
 
 
-def versions() -> dict[str, str]:
-    """Versions of everything that can change a result."""
-    names = ("trimfit", "torch", "transformers", "safetensors", "numpy")
+def versions(*more: str) -> dict[str, str]:
+    """Versions of everything that can change a result, and of `more` packages."""
+    names = ("trimfit", "torch", "transformers", "safetensors", "numpy", *more)
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 

@@ -142,6 +142,15 @@ class FactoredGram:
         return ((rows @ self.raw) * rows).sum()
 
 
+def factorise(gram: Tensor | FactoredGram, damping: float | None) -> FactoredGram:
+    """A Gram matrix with its factors, as a caller of a refit gives it. Raises `InputError` for two dampings."""
+    if not isinstance(gram, FactoredGram):
+        return FactoredGram(gram, damping or 0.0)
+    if damping is not None:
+        raise InputError("damping belongs to the FactoredGram when one is given: leave it out here")
+    return gram
+
+
 def _raised(gram: FactoredGram, reason: str) -> float:
     """The next larger damping to try."""
     raised = max(10 * gram.damping, _FIRST_RAISE)

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimfit.errors import InputError
 from trimfit.refit.auto import Auto
 from trimfit.refit.certificate import Certificate, certify, certify_start
-from trimfit.refit.gram import FactoredGram
+from trimfit.refit.gram import FactoredGram, factorise
 from trimfit.refit.problem import Problem, check, make_problem
 from trimfit.refit.refinement import RefitSolution, chunks, refine, solution
 from trimfit.refit.solver import Solver
@@ -50,10 +49,7 @@ def refit(
     Raises `InputError` for shapes that do not fit and for NaN or infinite entries.
     """
     began = time.perf_counter()
-    if not isinstance(gram, FactoredGram):
-        gram = FactoredGram(gram, damping or 0.0)
-    elif damping is not None:
-        raise InputError("damping belongs to the FactoredGram when one is given: leave it out here")
+    gram = factorise(gram, damping)
     check(gram, weight, mask, target, start)
     gram = gram.certifiable
     chosen = solver or Auto()

@@ -18,7 +18,7 @@ from trimfit.errors import InputError
 from trimfit.precision import tensor_float32
 from trimfit.refit.certificate import SMALLEST_GAIN, Certificate, rounding_of_gradient
 from trimfit.refit.conjugate_gradients import ConjugateGradients
-from trimfit.refit.gram import FactoredGram
+from trimfit.refit.gram import FactoredGram, factorise
 from trimfit.refit.iteration import iterate
 from trimfit.refit.problem import Problem, check, make_problem, unit_rounding
 from trimfit.refit.refinement import RefitSolution, chunks, program_rows, refine, solution
@@ -36,7 +36,8 @@ def refit_together(
     *,
     target: Tensor | None = None,
     start: Tensor | None = None,
-    solver: ConjugateGradients | None = None,
+    damping: float | None = None,
+    solver: Solver | None = None,
 ) -> RefitSolution:
     """Optimal weights for a given mask where errors of d rows count together.
 
@@ -44,9 +45,8 @@ def refit_together(
 
     - `metric`: (b, d, d) C of each of b = m / d runs of consecutive rows, symmetric, positive semi-definite. Only its
       shape counts, not its size; 0.01 of its mean diagonal is added to the diagonal. A run of zeros counts as C = I.
-    - `gram`, `weight` (m, n), `mask`, `target`, `start`: as for `refit`; a Gram matrix that comes as a tensor is taken
-      without damping.
-    - `solver`: tolerance and step limit; always preconditioned with C⁻¹ ⊗ H⁻¹.
+    - `gram`, `weight` (m, n), `mask`, `target`, `start`, `damping`: as for `refit`.
+    - `solver`: `ConjugateGradients`, of which tolerance and step limit count: always preconditioned with C⁻¹ ⊗ H⁻¹.
 
     **Returns** a `RefitSolution` whose certificate is of the b runs, never worse than the masked weights.
 
@@ -54,8 +54,9 @@ def refit_together(
     """
     began = time.perf_counter()
     solver = solver or ConjugateGradients()
-    if not isinstance(gram, FactoredGram):
-        gram = FactoredGram(gram)
+    if not isinstance(solver, ConjugateGradients):
+        raise InputError(f"rows together are refitted by ConjugateGradients, but the solver is {solver!r}")
+    gram = factorise(gram, damping)
     check(gram, weight, mask, target, start)
     _check_metric(metric, weight)
     gram, depth = gram.certifiable, metric.shape[1]

@@ -426,19 +426,67 @@ def test_other_things_are_never_written_over(source: str, data: Path, tmp_path: 
 def test_tasks_are_columns(source: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([(0.5, 0.0625), (0.25, 0.03125), (0.375, 0.09375)])  # the dense model, two seeds
 
-    def fake(model: Any, tokenizer: Any, tasks: list[str], **options: Any) -> list[TaskScore]:
-        assert (tasks, options["limit"]) == (["quiz"], 3)
-        value, error = next(values)
-        return [TaskScore("quiz", "acc", value, error, 8, {"acc": (value, error)})]
+    class Quiz:
+        def __init__(self, names: list[str]):
+            assert names == ["quiz"]
 
-    monkeypatch.setattr(compare_bench, "evaluate_tasks", fake)
+        def fingerprint(self) -> str:
+            return "of the questions"
+
+        def evaluate(self, model: Any, tokenizer: Any, *, limit: int, batch_size: int) -> list[TaskScore]:
+            assert limit == 3
+            value, error = next(values)
+            return [TaskScore("quiz", "acc", value, error, 8, {"acc": (value, error)})]
+
+    monkeypatch.setattr("trimfit.pipelines.comparing.compare.Tasks", Quiz)
     config = CompareConfig(selectors=("wanda",), updates=("none",), seeds=2)
     comparison = run(source, tmp_path, data, config, tasks=["quiz"], limit=3)
     text = (tmp_path / "comparison.md").read_text()
     assert "quiz (acc)" in text
     assert " 0.5000 ± 0.0625 " in text
     assert " 0.3125 ± 0.0625 " in text  # of examples, not of seeds
+    assert "standard error over the examples asked, 8 of quiz." in text
     assert run(source, tmp_path, data, config, tasks=["quiz"], limit=3) == comparison  # from the journal
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_other_questions_are_not_mixed_in(source: str, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    questions, words = tmp_path / "questions.txt", [f"w{i}" for i in windows(1, 600, seed=5)[0].tolist()]
+    config = CompareConfig(selectors=("wanda",), updates=("none",), seeds=1)
+    out, tasks = tmp_path / "out", [f"continuation:{questions}"]
+    questions.write_text(" ".join(words))
+    run(source, out, data, config, tasks=tasks, limit=4)
+    before = (out / "journal.jsonl").read_bytes()
+    questions.write_text(" ".join(reversed(words)))
+    with pytest.raises(InputError, match=r"other .*tasks|tasks \(was"):
+        run(source, out, data, config.model_copy(update={"seeds": 2}), tasks=tasks, limit=4)
+    assert (out / "journal.jsonl").read_bytes() == before
+
+
+def test_what_no_cell_can_do_is_refused_before_anything_is_written(source: str, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    auto = CONFIG.model_copy(update={"common": {"damping": "auto"}})
+    for words, config, options in (
+        ("of 1 windows is none", auto, {}),
+        ("a limit of 0", CONFIG, {"limit": 0}),
+        ("no task file or directory ./no.yaml", CONFIG, {"tasks": ["./no.yaml"]}),
+    ):
+        one = calibration(data).model_copy(update={"samples": 1})
+        with pytest.raises(InputError, match=words):
+            compare(source, out, config, one, text=str(data / "text.txt"), window=LENGTH, **options)
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_method_has_one_line_across_shares_and_patterns(source: str, data: Path, tmp_path: Path) -> None:
+    """Although an allocation and a scope mean nothing under N:M, and an order of inputs nothing elsewhere."""
+    config = CompareConfig(selectors=("wanda", "joint"), updates=("none",), sparsity=(0.5,), patterns=("2:4",), seeds=1)
+    run(source, tmp_path, data, config)
+    pivot = [[cell.strip() for cell in line.split("|")[1:-1]] for line in _tables(tmp_path)[1]]
+    assert pivot[0][-2:] == ["50%", "2:4"]
+    assert [line[0] for line in pivot[2:]] == ["wanda", "joint"]
+    assert all(line[-2] and line[-1] for line in pivot[2:])
 
 
 @pytest.mark.usefixtures("no_plots")

@@ -31,6 +31,11 @@ def test_all_selectors_and_updates_at_half_unless_asked() -> None:
     }
 
 
+def test_a_single_value_is_an_axis_of_one() -> None:
+    single = CompareConfig.model_validate({"selectors": "wanda", "sparsity": 0.7, "reorder": True})
+    assert (single.selectors, single.sparsity, single.reorder) == (("wanda",), (0.7,), (True,))
+
+
 def test_patterns_alone_bring_no_sparsity() -> None:
     assert {p for p, _, _ in cells(CompareConfig(patterns=("2:4", "4:8")))} == {"2:4", "4:8"}
 

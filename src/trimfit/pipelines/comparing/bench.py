@@ -11,7 +11,7 @@ from trimfit.calibration import CalibrationConfig
 from trimfit.calibration.config import SELF
 from trimfit.checkpoints import Checkpoint, fingerprint
 from trimfit.errors import first_line
-from trimfit.evaluate import evaluate_tasks, score_text
+from trimfit.evaluate import Tasks, score_text
 from trimfit.pipelines.comparing.comparison import Cell, pattern_name
 from trimfit.pipelines.comparing.remembered import Remembered
 from trimfit.pipelines.environment import versions
@@ -22,13 +22,15 @@ from trimfit.pipelines.windows import digest, draw_windows
 
 log = logging.getLogger(__name__)
 
+TASK_PACKAGES = ("lm-eval", "datasets")  # what a score on tasks depends on besides
+
 
 class Bench:
     """Prunes and scores copies of one model.
 
     - `checkpoint`: the dense model; a copy of its weights is kept on the CPU.
     - `calibration`: the windows of the first seed.
-    - `documents`, `window`: what is scored, as for `score_text`; `tasks`: as for `evaluate_tasks`, may be empty.
+    - `documents`, `window`: what is scored, as for `score_text`; `tasks`: what is asked too.
     - `limit`: the most windows of the text, and the most examples of each task.
     - `batch_size`: sequences in one forward pass for tasks, and where the model writes its own calibration text.
     """
@@ -40,13 +42,13 @@ class Bench:
         documents: Sequence[str],
         *,
         window: int,
-        tasks: Sequence[str],
+        tasks: Tasks | None,
         limit: int | None,
         batch_size: int,
         observer: Observer,
     ):
         self._checkpoint, self._calibration, self._batch_size = checkpoint, calibration, batch_size
-        self._documents, self._window, self._limit, self._tasks = list(documents), window, limit, list(tasks)
+        self._documents, self._window, self._limit, self._tasks = list(documents), window, limit, tasks
         self._observer = observer
         self._dense = {name: tensor.to("cpu", copy=True) for name, tensor in checkpoint.model.state_dict().items()}
         self._windows: tuple[int, Tensor] | None = None  # of one seed at a time
@@ -63,10 +65,10 @@ class Bench:
             "windows": windows,
             "text": hashlib.sha256("\0".join(self._documents).encode()).hexdigest(),
             "window": self._window,
-            "tasks": self._tasks,
+            "tasks": self._tasks and self._tasks.fingerprint(),
             "limit": self._limit,
             "device": self._checkpoint.model.device.type,
-            "versions": versions(),
+            "versions": versions(*(TASK_PACKAGES if self._tasks else ())),
         }
 
     def dense(self) -> Cell:
@@ -106,13 +108,9 @@ class Bench:
         """The cell with what the model as it is now reaches."""
         model, tokenizer = self._checkpoint.model, self._checkpoint.tokenizer
         limit, batch_size = self._limit, self._batch_size
-        tasks = (  # first, as a mistyped name ends the run
-            tuple(evaluate_tasks(model, tokenizer, self._tasks, limit=limit, batch_size=batch_size))
-            if self._tasks
-            else ()
-        )
+        asked = self._tasks.evaluate(model, tokenizer, limit=limit, batch_size=batch_size) if self._tasks else []
         score = score_text(model, tokenizer, self._documents, length=self._window, limit_windows=limit)
-        return cell.model_copy(update={"score": score, "tasks": tasks})
+        return cell.model_copy(update={"score": score, "tasks": tuple(asked)})
 
 
 class _Labelled:

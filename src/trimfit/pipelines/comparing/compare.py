@@ -13,6 +13,7 @@ from trimfit.calibration import CalibrationConfig, read_documents, window_length
 from trimfit.calibration.standard_library import EVALUATION, read_modules
 from trimfit.checkpoints import load_checkpoint
 from trimfit.errors import InputError
+from trimfit.evaluate import Tasks, check_limit
 from trimfit.masks import parse_pattern
 from trimfit.models import Block, find_blocks, select_layers
 from trimfit.pipelines.comparing.bench import Bench
@@ -21,6 +22,7 @@ from trimfit.pipelines.comparing.config import CompareConfig
 from trimfit.pipelines.comparing.report import write_comparison
 from trimfit.pipelines.observer import Observer, Silent
 from trimfit.pipelines.pruning.config import PruneConfig
+from trimfit.pipelines.pruning.damping import check_damping
 from trimfit.pipelines.runs.journal import Journal
 
 JOURNAL = "journal.jsonl"
@@ -62,6 +64,9 @@ def compare(
     config, calibration, observer = config or CompareConfig(), calibration or CalibrationConfig(), observer or Silent()
     grid, out = config.grid(), Path(out)
     _check_out(out)
+    check_limit(limit)
+    check_damping(config.settings.damping, config.settings.held_out, calibration.samples)
+    asked = Tasks(tasks) if tasks else None  # before the model, so that a mistyped name is told at once
     documents = read_modules(EVALUATION) if text == "demo" else read_documents(text, field=field, split=split)
     observer.stage(f"loading {source}")
     checkpoint = load_checkpoint(source, device)
@@ -73,7 +78,7 @@ def compare(
         calibration,
         documents,
         window=window_length(window, checkpoint.model.config),
-        tasks=tasks,
+        tasks=asked,
         limit=limit,
         batch_size=config.settings.batch_size,
         observer=observer,

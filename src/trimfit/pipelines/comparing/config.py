@@ -4,7 +4,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from trimfit.errors import InputError
 from trimfit.masks import SELECTORS
@@ -27,7 +27,7 @@ _DEFAULTS = {"guard": False}
 
 
 class CompareConfig(BaseModel):
-    """Axes of a comparison; each holds values of one field of `PruneConfig`, which see.
+    """Axes of a comparison; each holds values of one field of `PruneConfig`, which see, or a single one.
 
     - `selectors`, `updates` (field `refit`), `targets`, `allocations`, `row_weights`: an axis without values has
       `PruneConfig`'s, which for the last two depends on the selector.
@@ -52,6 +52,11 @@ class CompareConfig(BaseModel):
     patterns: tuple[str, ...] = ()
     seeds: int = Field(default=5, ge=1, le=1000)
     common: dict[str, Any] = Field(default_factory=dict[str, Any])
+
+    @field_validator(*AXES, mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | float | bool) else value
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from trimfit.evaluate import TaskScore
 from trimfit.masks import NM, Pattern
 from trimfit.pipelines.comparing.comparison import Cell, Comparison, Row, pattern_name
 from trimfit.pipelines.pruning.config import PruneConfig
@@ -36,7 +37,7 @@ _LABELS: _Labels = {
     "target": lambda config: config.target,
     "scope": lambda config: _scope(config.mask_pattern),
     "allocation": lambda config: config.split if config.pattern is None else "",
-    "rows": lambda config: "attention" if config.weighs_rows else "equal",
+    "rows": lambda config: "" if not config.rows_matter else "attention" if config.weighs_rows else "equal",
     "order": lambda config: "" if config.pattern is None else "reordered" if config.reorders else "given",
 }
 _ALWAYS = ("pattern", "mask", "update")
@@ -112,13 +113,23 @@ def _pivot(comparison: Comparison, quantity: str, form: str) -> str:
     """One quantity: a row for each mask and update, a column for each pattern."""
     labels = {name: of for name, of in _labels(comparison.rows).items() if name != "pattern"}
     patterns = list(dict.fromkeys(pattern_name(row.config) for row in comparison.rows))
-    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    lines: list[tuple[list[str], dict[str, str]]] = []
     for row in comparison.rows:
-        key = tuple(of(row.config) for of in labels.values())
+        key, pattern = [of(row.config) for of in labels.values()], pattern_name(row.config)
         text = _text(row.spread(comparison.quantities[quantity]), form) if row.cells else "failed"
-        lines.setdefault(key, {})[pattern_name(row.config)] = text
-    body = [[*key, *(columns.get(pattern, "") for pattern in patterns)] for key, columns in lines.items()]
+        # A label that says nothing here, such as an allocation under N:M, is at home in any line.
+        at = next((i for i, (own, cells) in enumerate(lines) if pattern not in cells and _agree(own, key)), None)
+        if at is None:
+            lines.append((key, {pattern: text}))
+        else:
+            own, cells = lines[at]
+            lines[at] = [a or b for a, b in zip(own, key, strict=True)], {**cells, pattern: text}
+    body = [[*key, *(cells.get(pattern, "") for pattern in patterns)] for key, cells in lines]
     return markdown([*labels, *patterns], body, left=len(labels))
+
+
+def _agree(one: Sequence[str], other: Sequence[str]) -> bool:
+    return all(not a or not b or a == b for a, b in zip(one, other, strict=True))
 
 
 def _caption(comparison: Comparison) -> list[str]:
@@ -135,9 +146,14 @@ def _caption(comparison: Comparison) -> list[str]:
         "Layer error: ‖X(Ŵ−W)ᵀ‖² / ‖XWᵀ‖² on the held-out windows, mean over layers. Zeros: share in all linear layers "
         "of the blocks. Steps: the most of a layer's solver. Seconds: pruning alone.",
         f"In all cells: {', '.join(_common(comparison.rows))}.",
-        *(["Tasks: mean over seeds ± standard error over examples."] if comparison.dense.tasks else []),
+        *_asked(comparison.dense.tasks),
         f"On {identity['device']}, with {versions}.",
     ]
+
+
+def _asked(tasks: Sequence[TaskScore]) -> list[str]:
+    counts = ", ".join(f"{task.examples:,} of {task.name}" for task in tasks)
+    return [f"Tasks: mean over seeds ± standard error over the examples asked, {counts}."] if tasks else []
 
 
 def _common(rows: Sequence[Row]) -> list[str]:

@@ -41,7 +41,8 @@ class PruneConfig(BaseModel):
     - `keep_dense`: layers that lose no weights, in the same form, such as those that an N:M pattern does not divide.
       With the target "dense" they are refitted like all others, to make up for what was pruned before them. `ignore`
       goes first.
-    - `held_out`: share of the windows on which layer errors are measured and nothing is fitted.
+    - `held_out`: share of the windows on which layer errors are measured and no weight is fitted; the guard and "auto"
+      damping choose by them.
     - `guard`: a layer gets simpler weights than those asked for where these are nearer to the target on the held-out
       windows.
     - `batch_size`: windows in one forward pass.

@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimfit.calibration import CURVATURE_TOKENS, InputMoments, split_held_out
-from trimfit.errors import InputError
 from trimfit.masks import NM, Pattern, Unstructured
 from trimfit.models import (
     IN_MEMORY,
@@ -34,7 +33,7 @@ from trimfit.pipelines.few_tokens import has_few, of_no_tokens, raised_damping
 from trimfit.pipelines.observer import Observer, Silent
 from trimfit.pipelines.pruning.allocate import Allocation, Measure, allocate, measure
 from trimfit.pipelines.pruning.config import PruneConfig
-from trimfit.pipelines.pruning.damping import DEFAULT_DAMPING, choose_damping
+from trimfit.pipelines.pruning.damping import DEFAULT_DAMPING, check_damping, choose_damping
 from trimfit.pipelines.pruning.layer import Inputs, prune_layer
 from trimfit.pipelines.pruning.ledger import Blank, Ledger
 from trimfit.pipelines.pruning.losing import select_losing
@@ -121,15 +120,11 @@ class PruneRun:
     def _windows(self) -> dict[str, Tensor]:
         """Windows to fit on and windows held out, when everything is in order."""
         check_tokens(self.model, self.tokens)
+        check_damping(self.config.damping, self.config.held_out, len(self.tokens))
         self._losing()
         with stage("forward"), Chain(self.model, self.blocks, self.placement.loaded).loading():
             check_causal(self.model, self.tokens[0].long())
         fit, held_out = split_held_out(self.tokens, self.config.held_out)
-        if self.config.damping == "auto" and not len(held_out):
-            raise InputError(
-                f"damping 'auto' is chosen on held-out windows, but a share of {self.config.held_out} of "
-                f"{len(self.tokens)} windows is none; give more windows or a larger share"
-            )
         return {"fit": fit, "held_out": held_out} if len(held_out) else {"fit": fit}
 
     def _losing(self) -> list[Block]:

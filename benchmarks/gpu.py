@@ -13,7 +13,9 @@ blocks / K: an extrapolation, not a measurement. It leaves out what grows with t
 passes of the allocation of `joint`.
 
 Shares are what the arithmetic of docs/scale.md counts for a stage, over the time that the stage took and the rate that
-was measured in the same run: of a large matrix product in the dtype concerned ("GEMM"), of a copy ("memory").
+was measured in the same run: of a large matrix product in the dtype concerned ("GEMM"), of a copy ("memory"). A refit
+runs in TF32 or in float32, layer by layer, as conditioning wants it: the share of the TF32 rate is the one that cannot
+flatter.
 """
 
 import argparse
@@ -32,14 +34,16 @@ from common import machine, quiet
 from synthetic import SHAPES, build, save, tokens
 from transformers.configuration_utils import PreTrainedConfig
 
-from trimfit import CalibrationConfig, PruneConfig, PruneReport, QuantizeConfig, prune_checkpoint
+from trimfit import CalibrationConfig, PruneConfig, PruneReport, QuantizeConfig, QuantizeReport, prune_checkpoint
 from trimfit.calibration import held_out_count
 from trimfit.models.outline import outline
 from trimfit.pipelines import quantize_checkpoint
 from trimfit.pipelines.planning.prune_cost import Costs, Job
-from trimfit.throughput import Throughput, measure_throughput
+from trimfit.precision import tensor_float32
+from trimfit.throughput import Throughput, gemm_rate, measure_throughput
 
 STAGES = ("allocation", "forward", "gram", "factorisation", "order", "mask", "refit", "errors", "load", "save")
+QUANTIZING = ("fold", "moments", "round")  # `quantize` has these and those two of above that it needs
 METHODS = {
     "Wanda + refit": {"selector": "wanda", "target": "layer"},
     "SparseGPT + refit": {"selector": "sparsegpt", "target": "layer"},
@@ -60,6 +64,7 @@ class Case:
     dtype: torch.dtype
     device: torch.device
     rates: Throughput
+    tensor_float32: float  # flops per second of a product in TF32, where the device has it
 
     @property
     def times(self) -> float:
@@ -88,9 +93,12 @@ def cases(
     """Each model in turn, in files that are there until the next is asked for."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rates = measure_throughput(device, dtype)
+    with tensor_float32(device, allowed=True):
+        quick = gemm_rate(device, torch.float32)
     print(
-        f"GEMM: {rates.model / 1e12:.3g} Tflop/s in {dtype}, {rates.float32 / 1e12:.3g} in float32, "
-        f"{rates.float64 / 1e12:.3g} in float64; memory {rates.memory / 1e12:.3g} TB/s"
+        f"GEMM: {rates.model / 1e12:.3g} Tflop/s in {dtype}, {quick / 1e12:.3g} in TF32, "
+        f"{rates.float32 / 1e12:.3g} in float32, {rates.float64 / 1e12:.3g} in float64; "
+        f"memory {rates.memory / 1e12:.3g} TB/s"
     )
     for name in names:
         config = deepcopy(SHAPES[name])
@@ -102,7 +110,7 @@ def cases(
             source = Path(there) / "model"
             save(build(config, dtype, device), source, "5GB")
             np.save(source / "tokens.npy", tokens(config, *windows).numpy())
-            yield Case(name, config, whole, source, windows, dtype, device, rates)
+            yield Case(name, config, whole, source, windows, dtype, device, rates, quick)
 
 
 def measure(case: Case, method: Mapping[str, str], pattern: Mapping[str, object], batch: int) -> Measured:
@@ -129,11 +137,13 @@ def row(case: Case, method: str, pattern: str, measured: Measured) -> list[str]:
         f"{case.config.num_hidden_layers} of {case.whole}",
         f"{measured.seconds:.1f}",
         f"{measured.seconds * case.times:.0f}",
-        *(f"{report.stages.get(stage, 0.0):.2f}" for stage in STAGES),
+        *_stages(report),
         f"{report.seconds - sum(report.stages.values()):.2f}",
         f"{measured.seconds - report.seconds:.2f}",
         str(report.steps),
-        *(f"{_share(case, counted, report, stage):.0%}" for stage in ("forward", "gram", "refit")),
+        f"{_share(case, counted, report, 'forward', case.rates.float32):.0%}",
+        *(f"{_share(case, counted, report, stage, case.tensor_float32):.0%}" for stage in ("gram", "refit")),
+        f"{_share(case, counted, report, 'refit', case.rates.float32):.0%}",
         f"{_memory_share(case, counted, report):.0%}",
         f"{report.certificate:.0e}",
         measured.device,
@@ -143,11 +153,15 @@ def row(case: Case, method: str, pattern: str, measured: Measured) -> list[str]:
 
 HEADER = [
     *("model", "method", "pattern", "blocks", "s", "whole model, s (× blocks)"),
-    *(f"{stage}, s" for stage in STAGES),
+    *(f"{stage}, s" for stage in (*STAGES, *QUANTIZING)),
     *("other, s", "opening and closing, s", "steps"),
-    *("forward, of GEMM", "Gram, of GEMM", "refit, of GEMM", "refit, of memory"),
+    *("forward, of GEMM", "Gram, of TF32 GEMM", "refit, of TF32 GEMM", "refit, of float32 GEMM", "refit, of memory"),
     *("certificate", "device, GiB", "host, GiB"),
 ]
+
+
+def _stages(report: PruneReport | QuantizeReport) -> list[str]:
+    return [f"{report.stages[stage]:.2f}" if stage in report.stages else "–" for stage in (*STAGES, *QUANTIZING)]
 
 
 def _counted(case: Case, report: PruneReport) -> Costs:
@@ -160,9 +174,9 @@ def _counted(case: Case, report: PruneReport) -> Costs:
     return job.costs(outline(case.config, case.dtype, length))
 
 
-def _share(case: Case, counted: Costs, report: PruneReport, stage: str) -> float:
-    """Of the rate of matrix products."""
-    rates = {"model": case.rates.model, "float32": case.rates.float32, "float64": case.rates.float64}
+def _share(case: Case, counted: Costs, report: PruneReport, stage: str, float32: float) -> float:
+    """Of the rate of matrix products, those of float32 numbers taken to run at the rate `float32`."""
+    rates = {"model": case.rates.model, "float32": float32, "float64": case.rates.float64}
     ideal = sum(counted[stage][kind] / rate for kind, rate in rates.items())
     return ideal / max(report.stages.get(stage, 0.0), 1e-9)
 
@@ -191,13 +205,13 @@ def quantize_row(case: Case) -> list[str]:
     config = QuantizeConfig(transform="free", group_size=min(128, case.config.hidden_size))
     _reset_peaks(case.device)
     start = time.perf_counter()
-    quantize_checkpoint(str(case.source), case.out, config, device=case.device)
+    report = quantize_checkpoint(str(case.source), case.out, config, device=case.device)
     seconds = time.perf_counter() - start
     shutil.rmtree(case.out)
-    empty = ["–"] * (len(HEADER) - 8)
-    blocks = f"{case.config.num_hidden_layers} of {case.whole}"
-    whole = f"{seconds * case.times:.0f}"
-    return [case.name, "quantize free", "4 bit", blocks, f"{seconds:.1f}", whole, *empty, *_peaks(case.device)]
+    blocks, whole = f"{case.config.num_hidden_layers} of {case.whole}", f"{seconds * case.times:.0f}"
+    timed = [*_stages(report), f"{report.seconds - sum(report.stages.values()):.2f}", f"{seconds - report.seconds:.2f}"]
+    row = [case.name, "quantize free", "4 bit", blocks, f"{seconds:.1f}", whole, *timed]
+    return [*row, *["–"] * (len(HEADER) - len(row) - 2), *_peaks(case.device)]
 
 
 def main() -> None:

@@ -43,6 +43,34 @@ def tensor_float32(device: torch.device, *, allowed: bool) -> Generator[None]:
         setattr(products, name, before)
 
 
+class Factor:
+    """A matrix B (n, n) that many matrices are multiplied with, on CUDA by tensor cores and nearly as in float32.
+
+    There float32 factors are the sums of two numbers of 11 bits and the rest. Three products in TF32, the one of the
+    small parts being left out, are together as exact as 21 bits, and quicker than one in float32.
+    """
+
+    def __init__(self, matrix: Tensor):
+        self._device = matrix.device
+        halves = matrix.device.type == "cuda" and matrix.dtype == torch.float32
+        self._parts = split(matrix) if halves else (matrix,)
+
+    def add_product(self, base: Tensor, a: Tensor) -> Tensor:
+        """Base (m, n) and A·B, of A (m, n)."""
+        first, *rest = self._parts
+        if not rest:
+            return torch.addmm(base, a, first)
+        large, small = split(a)
+        with tensor_float32(self._device, allowed=True):
+            return torch.addmm(base, small, first).addmm_(large, rest[0]).addmm_(large, first)
+
+
+def split(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 matrix as the sum of what TF32 holds of it, the mantissa being cut off after 10 bits, and the rest."""
+    large = (matrix.view(torch.int32) & ~0x1FFF).view(torch.float32)
+    return large, matrix - large
+
+
 def half_products(device: torch.device) -> AbstractContextManager[object]:
     """Products of bfloat16 or float16 matrices in float32, rounded once, while the context lasts, on slow CPUs.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from trimfit.precision import half_products
+from trimfit.precision import half_products, tensor_float32
 
 _LONG_ENOUGH = 0.3  # seconds of one measurement
 _FILE_BYTES = 2**26
@@ -24,7 +24,7 @@ class Throughput(BaseModel):
     """Rates of a device.
 
     - `model`, `float32`, `float64`: flops per second of a large matrix product, in the dtype of the model's weights and
-      in those of Gram matrices and certificates.
+      in those of Gram matrices and certificates; never in TF32.
     - `memory`: bytes per second, read and written, of a copy. `calls`: operations per second on tensors so small that
       only starting them takes time. `disk`: bytes per second of a file that is read and
       hashed, as checkpoints are; a file that was just written, so it may come from the system's cache.
@@ -43,7 +43,7 @@ class Throughput(BaseModel):
 def measure_throughput(device: torch.device, dtype: torch.dtype, folder: Path | None = None) -> Throughput:
     """Rates of `device` for a model of `dtype`, and of the disk of `folder`, by default that of temporary files."""
     wide = torch.float32 if device.type == "mps" else torch.float64
-    with half_products(device):  # as forward passes are run
+    with half_products(device), tensor_float32(device, allowed=False):  # as forward passes are run
         rates = {kind: gemm_rate(device, kind) for kind in {dtype, torch.float32, wide}}
     return Throughput(
         model=rates[dtype],

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from trimfit import InputError
 from trimfit.masks import NM, Pattern, Scope, Unstructured, keep_best
-from trimfit.masks.borders import kth_lowest, prune_lowest_unsorted, sort
+from trimfit.masks.borders import Borders, kth_lowest, sort
 from trimfit.masks.patterns import run_counts
 
 
 def masked(scores: Tensor, pattern: Pattern) -> Tensor:
-    return prune_lowest_unsorted(scores, run_counts(pattern, (scores.shape[0], scores.shape[1])))
+    return Borders(run_counts(pattern, (scores.shape[0], scores.shape[1])), scores.device).prune_lowest(scores)
 
 
 @given(

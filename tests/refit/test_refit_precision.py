@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trimfit import ConjugateGradients, Status, refit
 from trimfit.calibration import MomentSum
-from trimfit.precision import tensor_float32
+from trimfit.precision import Factor, split, tensor_float32
 
 CUDA = torch.device("cuda")
 
@@ -98,3 +98,26 @@ def test_moments_do_not_change_by_it(rounding: list[bool], dtype: torch.dtype, a
     assert rounding == [allowed]
     exact = inputs.double().T @ inputs.double() / 40
     torch.testing.assert_close(moments.value(torch.device("cpu")).gram.double(), exact, rtol=1e-6, atol=1e-7)
+
+
+def test_three_products_of_parts_are_nearly_as_exact_as_float32() -> None:
+    """Of parts that TF32 holds: the first exactly, the second rounded."""
+    a, b = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 64)
+    (a1, a2), (b1, b2) = split(a), split(b)
+    assert all(torch.equal(to_tf32(large), large) for large in (a1, b1))
+    assert torch.equal(a1 + a2, a) and torch.equal(b1 + b2, b)
+    size = a.double().abs() @ b.double().abs()
+    exact = a.double() @ b.double()
+    in_parts = a1 @ b1 + (a1 @ to_tf32(b2) + to_tf32(a2) @ b1)
+    once = to_tf32(a) @ to_tf32(b)
+    assert ((in_parts.double() - exact).abs() / size).max() < 2**-20
+    assert ((once.double() - exact).abs() / size).max() > 2**-14
+
+
+def test_a_factor_multiplies_and_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, a, b = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for x, y, z in ((base, a, b), (base.double(), a.double(), b.double())):
+        torch.testing.assert_close(Factor(z).add_product(x, y), x + y @ z)
+    factor = Factor(b)
+    monkeypatch.setattr(factor, "_parts", split(b))  # as on a GPU
+    torch.testing.assert_close(factor.add_product(base, a), base + a @ b)

@@ -9,23 +9,32 @@ from trimfit.masks.patterns import check_numbers, prune_lowest
 _FEW = 16  # entries in a run, up to which passes over all runs at once are faster than a selection in each
 
 
-def prune_lowest_unsorted(scores: Tensor, counts: Tensor) -> Tensor:
-    """As `prune_lowest`, for counts that differ by one at most. `scores` are (m, n), not negative."""
-    runs = scores.reshape(len(counts), -1)
-    lowest, highest = int(counts.min()), int(counts.max())
-    if lowest == 0:
-        return prune_lowest(scores, counts)
-    counts = counts.to(scores.device)
-    border = kth_lowest(runs, lowest)
-    if highest > lowest:
-        border = torch.where(counts == highest, kth_lowest(runs, highest), border)
-    mask = runs > border[:, None]
-    room = runs.shape[1] - counts - mask.sum(1)
-    if room.any():  # scores are tied at the border: the first of them stay
-        check_numbers(scores)
-        tied = runs == border[:, None]
-        mask |= tied & (tied.cumsum(1) <= room[:, None])
-    return mask.view(scores.shape)
+class Borders:
+    """Prunes as `prune_lowest` does, again and again by the same counts, which differ by one at most.
+
+    - `counts`: how many to prune in each run; `device`: of the scores.
+    """
+
+    def __init__(self, counts: Tensor, device: torch.device):
+        self._runs, self._lowest, self._highest = len(counts), int(counts.min()), int(counts.max())
+        # There can be millions of runs: numbers for all of them, and on the device, only where they differ.
+        self._counts: Tensor | int = self._lowest if self._lowest == self._highest else counts.to(device)
+
+    def prune_lowest(self, scores: Tensor) -> Tensor:
+        """The mask (m, n) of scores (m, n) that are not negative."""
+        runs = scores.reshape(self._runs, -1)
+        if self._lowest == 0:
+            return prune_lowest(scores, torch.as_tensor(self._counts).expand(self._runs))
+        border = kth_lowest(runs, self._lowest)
+        if isinstance(self._counts, Tensor):
+            border = torch.where(self._counts == self._highest, kth_lowest(runs, self._highest), border)
+        mask = runs > border[:, None]
+        room = runs.shape[1] - self._counts - mask.sum(1)
+        if room.any():  # scores are tied at the border: the first of them stay
+            check_numbers(scores)
+            tied = runs == border[:, None]
+            mask |= tied & (tied.cumsum(1) <= room[:, None])
+        return mask.view(scores.shape)
 
 
 def kth_lowest(runs: Tensor, k: int) -> Tensor:

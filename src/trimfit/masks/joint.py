@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimfit.masks.borders import prune_lowest_unsorted
+from trimfit.masks.borders import Borders
 from trimfit.masks.patterns import Pattern, Scope, run_counts
 from trimfit.masks.selection import Selection, usable_weight
 from trimfit.masks.swaps import row_errors, swap
+from trimfit.precision import Factor
 from trimfit.refit.conjugate_gradients import ConjugateGradients
 from trimfit.refit.gram import FactoredGram
 
@@ -98,23 +99,23 @@ def admm(
 
     `dense` Ŵ is (m, n) and `matrix` H (n, n) with a unit diagonal, both of one dtype.
     """
-    goal, counts = dense @ matrix, run_counts(pattern, (len(dense), len(matrix)))
-    split, mask = dense, prune_lowest_unsorted(dense.abs(), counts)  # the first step, from D = Ŵ and V = 0
+    goal, borders = dense @ matrix, Borders(run_counts(pattern, (len(dense), len(matrix))), dense.device)
+    split, mask = dense, borders.prune_lowest(dense.abs())  # the first step, from D = Ŵ and V = 0
     rho = dual_rho = first_rho
-    inverse = _shifted_inverse(matrix, rho)
+    inverse = Factor(_shifted_inverse(matrix, rho))
     size, before = max(1, int(mask.sum())), mask
     for step in range(2, max_steps + 1):
         kept = split * mask  # D; products, since a choice for each entry takes ten times as long
         dual = (split - kept).mul_(dual_rho / rho)  # V / ρ
-        split = torch.addmm(dual, torch.add(goal, kept - dual, alpha=rho), inverse)
-        mask = prune_lowest_unsorted(split.abs(), counts)
+        split = inverse.add_product(dual, torch.add(goal, kept - dual, alpha=rho))
+        mask = borders.prune_lowest(split.abs())
         dual_rho = rho
         if step % _STEPS_PER_RHO == 0:
             if int((mask & ~before).sum()) <= _SETTLED * size:
                 break
             before = mask
             rho *= _RHO_GROWTH
-            inverse = _shifted_inverse(matrix, rho)
+            inverse = Factor(_shifted_inverse(matrix, rho))
     return mask, split * mask
 
 

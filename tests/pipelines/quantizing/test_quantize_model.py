@@ -69,6 +69,7 @@ def timeless(report: QuantizeReport) -> dict[str, Any]:
     told = report.model_dump()
     for entry in (told, *told["layers"]):
         del entry["seconds"], entry["peak_memory"]
+    del told["stages"]
     return told
 
 

@@ -79,7 +79,7 @@ def files(directory: Path) -> dict[str, Any]:
     told = json.loads(found["trimfit.json"])
     for part in (told, *told["layers"]):
         del part["seconds"], part["peak_memory"]
-    del told["run"]
+    del told["run"], told["stages"]
     return {**found, "trimfit.json": told}
 
 

@@ -50,7 +50,7 @@ def in_memory(source: Path, out: Path, config: QuantizeConfig = DEFAULT) -> Quan
 def told(directory: Path) -> dict[str, Any]:
     """`trimfit.json` without what another run of the same would change."""
     sidecar = json.loads((directory / "trimfit.json").read_text())
-    del sidecar["run"]
+    del sidecar["run"], sidecar["stages"]
     for part in (sidecar, *sidecar["layers"]):
         del part["seconds"], part["peak_memory"]
     return sidecar

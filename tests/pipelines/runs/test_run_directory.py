@@ -19,6 +19,7 @@ from trimfit.pipelines import resume
 from trimfit.pipelines.pruning import prune as pruning_module
 from trimfit.pipelines.pruning.records import LayerRecord
 from trimfit.pipelines.runs.directory import RunDirectory
+from trimfit.pipelines.runs.journal import Journal
 
 CPU = torch.device("cpu")
 CONFIG = PruneConfig(selector="wanda", held_out=0.25)
@@ -301,6 +302,27 @@ def test_nothing_stays_of_a_run_that_came_to_nothing(source: Path) -> None:
     with pytest.raises(_Killed):
         start(source, after=1)
     assert not (source.parent / "out.run").exists()
+
+
+@pytest.mark.parametrize("kept", [{"costly": True}, {"costly": False}, None], ids=["costly", "cheap", "part"])
+def test_a_signal_right_after_the_journal_has_it_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: dict[str, bool] | None
+) -> None:
+    append = Journal.append
+
+    def interrupted(journal: Journal, record: dict[str, Any]) -> None:
+        append(journal, record)
+        if "note" in record or "part" in record:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "append", interrupted)
+    with pytest.raises(KeyboardInterrupt), RunDirectory(tmp_path / "out", {}) as run:
+        run.open({"command": "test"})
+        if kept is None:
+            run.keep(["layer"], {"weight": torch.ones(2)}, {}, 1.0)
+        else:
+            run.note("allocation", 1, **kept)
+    assert run.path.exists() == (kept is None or kept["costly"])
 
 
 def test_a_run_killed_at_once_leaves_nothing_to_a_refused_one(source: Path) -> None:

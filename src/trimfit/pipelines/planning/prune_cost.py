@@ -319,7 +319,7 @@ def _work(group: GroupOutline, model: Outline, job: Job) -> float:
     chunk = min(_CHUNK_BYTES, 10 * 8 * weights)
     selecting = 0.0
     if job.config.selector == "joint":
-        selecting = 10 * 4 * weights + 3 * 8 * weights + 3 * 4 * square
+        selecting = 12 * 4 * weights + 3 * 8 * weights + 4 * 4 * square
     elif job.config.selector in ("sparsegpt", "thanos"):
         selecting = 5 * 8 * square + 3 * 4 * weights
     return _moments(group, model, job) + factored + layer + max(chunk, selecting)

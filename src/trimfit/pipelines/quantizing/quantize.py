@@ -32,6 +32,7 @@ from trimfit.pipelines.quantizing.records import QuantizeReport
 from trimfit.pipelines.quantizing.shared import share_state
 from trimfit.pipelines.quantizing.weight_moments import WeightMoments
 from trimfit.ranks import ALONE, Ranks
+from trimfit.timing import Clock, stage
 
 
 def quantize(
@@ -98,11 +99,13 @@ class QuantizeRun:
         total = sum(layer.weight.numel() for block in self.blocks for layer in block.layers)
         done = 0
         blocks: list[BlockRecord] = []
-        for record in self._records(start):
-            blocks.append(record)
-            for layer in record.layers:
-                done += layer.shape[0] * layer.shape[1]
-                self.observer.layer(layer, done / total)
+        clock = Clock(self.device or self.model.device)
+        with clock.running():
+            for record in self._records(start):
+                blocks.append(record)
+                for layer in record.layers:
+                    done += layer.shape[0] * layer.shape[1]
+                    self.observer.layer(layer, done / total)
         return QuantizeReport(
             config=self.config,
             layers=[layer for block in blocks for layer in block.layers],
@@ -111,6 +114,7 @@ class QuantizeRun:
             window_length=0 if tokens is None else tokens.shape[1],
             online_multiply_adds=sum(block.multiply_adds for block in blocks) / max(done, 1),
             seconds=time.perf_counter() - start,
+            stages=clock.seconds,
             peak_memory=peak_memory(self.device or self.model.device),
             versions=versions(),
         )
@@ -129,11 +133,13 @@ class QuantizeRun:
 
     def _round_without_data(self, work: BlockWork, moments: WeightMoments) -> None:
         flow = find_flow(self.model, work.block.name)
-        grams: dict[str, Tensor] = {} if flow is None else moments.grams(flow, work.weights)
-        for layers in work.groups():
-            work.quantize(layers, work.gram_of(layers, grams), data=False)
-        if self.config.rounding == "alternating":
-            self.ranks.first_only(work.round_pairs)
+        with stage("moments"):
+            grams: dict[str, Tensor] = {} if flow is None else moments.grams(flow, work.weights)
+        with stage("round"):
+            for layers in work.groups():
+                work.quantize(layers, work.gram_of(layers, grams), data=False)
+            if self.config.rounding == "alternating":
+                self.ranks.first_only(work.round_pairs)
 
     def _with_data(self, tokens: Tensor, start: float) -> Iterator[BlockRecord]:
         """Quantizes each block with Gram matrices of calibration windows, seen through what is quantized already."""
@@ -155,7 +161,8 @@ class QuantizeRun:
         self.observer.stage(f"block {block.index + 1} of {len(self.blocks)}")
         record = self.ranks.first(lambda: self._restore(block))
         if record is None:
-            work = BlockWork(block, find_folds(self.model, block.name), self.config, self.scale_dtype, self.ranks)
+            with stage("fold"):
+                work = BlockWork(block, find_folds(self.model, block.name), self.config, self.scale_dtype, self.ranks)
             quantize(work)
             record = self.ranks.first(lambda: self._keep(work, start))
         return record
@@ -173,7 +180,8 @@ class QuantizeRun:
         moment = self.calibration.stream.moment if isinstance(self.calibration, WeightMoments) else None
         finished = work.finished(moment)
         finished.write(work.block)
-        self._first.keep(finished, time.perf_counter() - start)
+        with stage("save"):
+            self._first.keep(finished, time.perf_counter() - start)
         return finished.record
 
     @property
@@ -187,6 +195,7 @@ def _round_with_data(work: BlockWork, walker: Walker) -> None:
         layer.write(work.weights[layer.name])  # the norms are folded already, and the inputs seen through them
     for groups in together(walker.groups(work.block)):
         for group, moments in zip(groups, walker.moments(work.block, groups, "fit"), strict=True):
-            work.quantize_group(group, moments)
-            for layer in group.layers:
-                layer.write(work.layers[layer.name].weight)
+            with stage("round"):
+                work.quantize_group(group, moments)
+                for layer in group.layers:
+                    layer.write(work.layers[layer.name].weight)

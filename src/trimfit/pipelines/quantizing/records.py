@@ -48,6 +48,7 @@ class QuantizeReport(BaseModel):
     - `refused`: why transformations were left out, a sentence each.
     - `windows`, `window_length`: of calibration; 0 where no data was used.
     - `online_multiply_adds`: of online transformations, relative to those of the quantized layers.
+    - `stages`: seconds by what they were spent on; of this run alone, if it went on with an earlier one.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -59,6 +60,7 @@ class QuantizeReport(BaseModel):
     window_length: int
     online_multiply_adds: float
     seconds: float
+    stages: dict[str, float]
     peak_memory: int
     versions: dict[str, str]
 

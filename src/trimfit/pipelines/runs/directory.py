@@ -90,7 +90,6 @@ class RunDirectory:
         self._out, self._request = out, request
         self._journal = Journal(self.path / _JOURNAL)
         self._kept = 0  # parts, also those that were kept again
-        self._costly = False  # whether a note is
         self._windows: dict[str, Any] | None = None
         self._is_new = not self._journal.path.exists() and not (self.path / REQUEST).exists()
         self._opened = False
@@ -132,9 +131,8 @@ class RunDirectory:
 
     @property
     def _is_useful(self) -> bool:
-        """Whether anything is kept that took its time."""
-        sampled = self._windows is not None and self._windows["sample"] is not None
-        return sampled or self._costly or bool(self.parts)
+        """Whether anything is kept that took its time. The journal tells: a signal may come right after its line."""
+        return any("part" in one or one.get("sample") or one.get("costly") for one in self._journal.kept())
 
     def open(self, identity: Mapping[str, Any]) -> None:
         """Reads what is finished. What is damaged is dropped with all that came after it, and the log says so.
@@ -235,7 +233,6 @@ class RunDirectory:
             self._windows = record
         elif "note" in record:
             self.notes[record["note"]] = record["value"]
-            self._costly = self._costly or record["costly"]
         elif "moved" in record:
             for file, tensors in record["checksums"].items():
                 self.in_result.setdefault(file, {}).update(tensors)

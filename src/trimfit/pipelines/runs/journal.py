@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -72,6 +72,15 @@ class Journal:
             return []
         _check_same(self.path, lines[0], identity)
         return lines[1:]
+
+    def kept(self) -> Iterator[dict[str, Any]]:
+        """The records that another run would find now."""
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        for number, line in enumerate(lines[1:], start=2):
+            try:
+                yield self._parse(number, line)
+            except InputError:  # cut short, or damaged
+                return
 
     def forget(self, kept: int) -> None:
         """Drops all but the first so many of the records that were there when the journal was opened."""

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from trimfit.errors import InputError, RunError
 from trimfit.evaluate import Score, perplexity, score_text
-from trimfit.models import evaluation_mode
+from trimfit.mode import evaluation_mode
 
 Kind = Callable[[str], Any]
 DOCUMENTS = ["the cat sat on the mat", "", "über 日本 🙂 die Straße" * 5, "x"]

@@ -14,6 +14,7 @@ from torch import Tensor
 from trimfit.calibration.turns import Place, Script, make_script
 from trimfit.calibration.windows import context_length, windows_from_ids
 from trimfit.errors import InputError
+from trimfit.mode import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,8 +101,6 @@ def sample_from_model(
     Logs a warning when the model degenerates. Raises `InputError` for numbers out of range, windows longer than the
     model's context or too short for a drawn token, and logits that are NaN or infinite.
     """
-    from trimfit.models.mode import evaluation_mode  # here, because that room imports this one
-
     _check(model, samples, length, batch_size)
     rows = model.get_input_embeddings().get_parameter("weight").shape[0]
     known = torch.tensor(sorted(token for token in set(tokenizer.get_vocab().values()) if token < rows))

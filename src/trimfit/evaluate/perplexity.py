@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trimfit.calibration import added_tokens, check_ids, context_length
 from trimfit.errors import InputError, RunError
 from trimfit.evaluate.token_bytes import token_bytes
-from trimfit.models import evaluation_mode
+from trimfit.mode import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

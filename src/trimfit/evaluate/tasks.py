@@ -24,7 +24,7 @@ from trimfit.calibration import read_documents
 from trimfit.calibration.standard_library import EVALUATION, read_modules
 from trimfit.errors import InputError, RunError, first_line
 from trimfit.evaluate.continuation import continuation_examples
-from trimfit.models import evaluation_mode
+from trimfit.mode import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -17,8 +17,6 @@ from trimfit.models.groups import at_once as at_once
 from trimfit.models.groups import together as together
 from trimfit.models.heads import QueryKey as QueryKey
 from trimfit.models.heads import find_query_key as find_query_key
-from trimfit.models.mode import autograd_possible as autograd_possible
-from trimfit.models.mode import evaluation_mode as evaluation_mode
 from trimfit.models.placement import IN_MEMORY as IN_MEMORY
 from trimfit.models.placement import Placement as Placement
 from trimfit.models.structure import Block as Block

@@ -5,8 +5,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimfit.errors import InputError
+from trimfit.mode import evaluation_mode
 from trimfit.models.calls import logits_at
-from trimfit.models.mode import evaluation_mode
 
 _LOOKED_AT = 64  # tokens; logits of all of them would take much memory
 

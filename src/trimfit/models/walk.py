@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 from trimfit.calibration import InputMoments, MomentSum
 from trimfit.errors import InputError
+from trimfit.mode import evaluation_mode
 from trimfit.models.calls import Call, Chain
 from trimfit.models.experts import ExpertLinear, each_called
 from trimfit.models.groups import Group, find_groups
 from trimfit.models.heads import QueryKey
 from trimfit.models.logits import LogitCurvature
-from trimfit.models.mode import evaluation_mode
 from trimfit.models.placement import IN_MEMORY, Placement
 from trimfit.models.seen import add, add_drifted, see
 from trimfit.models.states import Kept, StateStore

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from trimfit.calibration import CURVATURE_TOKENS, InputMoments, split_held_out
 from trimfit.masks import NM, Pattern, Unstructured
+from trimfit.mode import autograd_possible
 from trimfit.models import (
     IN_MEMORY,
     Block,
@@ -19,7 +20,6 @@ from trimfit.models import (
     Layer,
     Placement,
     Walker,
-    autograd_possible,
     check_causal,
     find_blocks,
     find_free_orders,

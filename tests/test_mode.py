@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimfit import precision
-from trimfit.models import evaluation_mode
+from trimfit.mode import evaluation_mode
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "_grouped_mm", "convolution")
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -6,9 +6,10 @@
 
 - `best`: joint masks with an allocation by measured cost, refit, target "dense": the defaults of `trimfit prune`.
 - `best, self`: the same on windows that the model itself wrote.
-- `layer target`, `all of the way`, `uniform`, `equal rows`, `given order`, `left alone`: the best with one part
-  changed: the target, `dense_share=1`, the allocation, the weights of rows of Q and K, no reordered inputs, no refit of
-  layers that an N:M pattern does not divide. Run when named in --methods.
+- `layer target`, `all of the way`, `uniform`, `equal rows`, `given order`, `auto damping`, `left alone`: the best with
+  one part changed: the target, `dense_share=1`, the allocation, the weights of rows of Q and K, no reordered inputs,
+  damping chosen on held-out windows, no refit of layers that an N:M pattern does not divide. Run when they are named
+  in --methods.
 - `OPTIMA`: Wanda's mask per row, optimal refit, target "layer".
 - `SparseGPT`: its own mask and update, per layer.
 - `ALPS`: ADMM with its own schedule, per layer, and 10 steps of conjugate gradients (benchmarks/alps.py).
@@ -44,6 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "uniform": {"allocation": "uniform"},
     "equal rows": {"row_weights": "equal"},
     "given order": {"reorder": False},
+    "auto damping": {"damping": "auto"},
     "left alone": {},
     "OPTIMA": {"selector": "wanda", **PLAIN},
     "SparseGPT": {"selector": "sparsegpt", "refit": "own", **PLAIN},

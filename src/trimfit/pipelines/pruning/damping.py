@@ -49,13 +49,13 @@ def choose_damping(
         return error, gram
 
     default = CANDIDATES.index(DEFAULT_DAMPING)
-    best = first = tried(DEFAULT_DAMPING)
+    chosen, best = DEFAULT_DAMPING, tried(DEFAULT_DAMPING)
     for way in (CANDIDATES[default + 1 :], CANDIDATES[:default][::-1]):
         for damping in way:
             found = tried(damping)
             if found[0] >= best[0]:
                 break
-            best = found
-        if best is not first:
+            chosen, best = damping, found
+        if chosen != DEFAULT_DAMPING:
             break
     return best[1]

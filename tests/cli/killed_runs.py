@@ -4,8 +4,8 @@
 
 Runs the command once undisturbed in OUTPUT-0, then again and again in OUTPUT-1, OUTPUT-2, …, each killed with SIGKILL
 at a random moment and then resumed: KILLS times, and on until a fifth of KILLS met a run at work, for a short run may
-be over by then. Prints a JSON list: for each kill the moment, whether anything was left to resume, and the exit status
-of the end.
+be over by then. Prints a JSON list: for each kill the moment, whether anything was left to resume, the exit status of
+the end, and what all that was started for it had to say.
 """
 
 import json
@@ -13,20 +13,23 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
 from trimfit.cli.main import run
 
 
-def fork(arguments: list[str]) -> int:
-    """The process of a command that finds all modules imported, and is silent."""
+def fork(arguments: list[str], said: IO[bytes]) -> int:
+    """The process of a command that finds all modules imported, and speaks into a file."""
     child = os.fork()
     if child == 0:
-        silence = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silence, 1)
-        os.dup2(silence, 2)
-        os._exit(run(arguments))
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+        end = run(arguments)
+        sys.stdout.flush()
+        os._exit(end)
     return child
 
 
@@ -41,24 +44,25 @@ def main() -> None:
     assert run([*command, "-o", f"{output}-0"]) == 0  # in this process: all that it imports is there for the others
     os.dup2(saved, 1)
     start = time.perf_counter()
-    assert status(fork([*command, "-o", f"{output}-0", "--overwrite"])) == 0
+    with tempfile.TemporaryFile() as said:
+        assert status(fork([*command, "-o", f"{output}-0", "--overwrite"], said)) == 0
     duration = time.perf_counter() - start
     draw = random.Random(0)
-    results: list[tuple[float, bool, int]] = []
-    while len(results) < kills or sum(left for _, left, _ in results) <= kills / 5:
+    results: list[tuple[float, bool, int, str]] = []
+    while len(results) < kills or sum(left for _, left, _, _ in results) <= kills / 5:
         assert len(results) < 10 * kills, "no run is killed while it is at work"
         out = f"{output}-{len(results) + 1}"
         moment = draw.uniform(0, duration)
-        child = fork([*command, "-o", out])
-        time.sleep(moment)
-        os.kill(child, signal.SIGKILL)
-        killed = status(child) == -signal.SIGKILL
-        left = Path(f"{out}.run", "run.json").is_file()
-        if killed and not Path(out).exists():
-            child = fork(["resume", out] if left else [*command, "-o", out])
-            results.append((moment, left, status(child)))
-        else:
-            results.append((moment, left, status(fork(["resume", out]))))
+        with tempfile.TemporaryFile() as said:
+            child = fork([*command, "-o", out], said)
+            time.sleep(moment)
+            os.kill(child, signal.SIGKILL)
+            killed = status(child) == -signal.SIGKILL
+            left = Path(f"{out}.run", "run.json").is_file()
+            again = killed and not left and not Path(out).exists()
+            end = status(fork([*command, "-o", out] if again else ["resume", out], said))
+            said.seek(0)
+            results.append((moment, left, end, said.read().decode()))
     print(json.dumps(results))
 
 

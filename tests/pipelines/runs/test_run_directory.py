@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -426,11 +427,34 @@ def test_what_is_put_there_meanwhile_is_left_alone(source: Path, run: Path) -> N
 
 def test_what_a_killed_run_has_left_is_removed(source: Path, run: Path) -> None:
     """Hidden states and half-written files, before disk is needed for more of them."""
-    for name in ("states-ab12", "part-00009.safetensors.tmp"):
-        (run / name).write_text("x" * 1000)
+    left = [run / name for name in ("states-ab12", "part-00009.safetensors.tmp", ".tmpAb12Cd")]
+    for path in left:
+        path.write_text("x" * 1000)
     with pytest.raises(_Killed):
         start(source, after=LAYERS - 1)
-    assert not [path for name in ("states-*", "*.tmp") for path in run.glob(name)]
+    assert not any(path.exists() for path in left)
+
+
+def test_a_run_killed_while_a_part_is_written_is_known_as_one(source: Path) -> None:
+    """Whatever name the part has while it is written, which is for safetensors to say."""
+    out = source.parent / "out"
+    tensor = torch.zeros(2**25)
+    folder = source.parent / "out.run"
+    with RunDirectory(out, {}) as run:
+        run.open({})
+        before = set(folder.iterdir())
+        keeping = threading.Thread(target=run.keep, args=(["part"], {"tensor": tensor}, None, 0.0))
+        keeping.start()
+        meanwhile: set[Path] = set()
+        while keeping.is_alive():
+            meanwhile |= set(folder.iterdir()) - before
+        keeping.join()
+    assert len(meanwhile) > 1
+    folder.mkdir()
+    for path in meanwhile:
+        path.write_text("x")
+    start(source)
+    assert_as_if_nothing_had_happened(source)
 
 
 def test_resumed_from_elsewhere(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

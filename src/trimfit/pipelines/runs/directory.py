@@ -32,7 +32,7 @@ _WINDOWS = "windows.safetensors"
 _RESULT = "result"
 _WHOLE = "whole"
 _MARKS = {REQUEST, _JOURNAL, Path(_JOURNAL).with_suffix(".lock").name}
-_LEFT_OVER = ("states-*", "*.tmp")  # by a run that was killed
+_LEFT_OVER = ("states-*", "*.tmp", ".tmp??????")  # by a run that was killed; the last is safetensors' own, then renamed
 _OLD = tuple(old_beside(Path(name)).name for name in (_RESULT, _WHOLE))  # outputs, while they are replaced
 _OURS = (*_MARKS, *_LEFT_OVER, *_OLD, _WINDOWS, _RESULT, _WHOLE, "part-*.safetensors")
 

@@ -10,11 +10,13 @@ import pytest
 import safetensors.torch
 import torch
 from families import EVERYTHING, EXPERT_FAMILIES, LENGTH, windows
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from trimfit import CalibrationConfig, InputError, PruneConfig, PruneReport, prune_checkpoint
 from trimfit.checkpoints.shards import read_spans
 from trimfit.checkpoints.stream import Stream
+from trimfit.models.states import Kept, StateStore
 
 CPU = torch.device("cpu")
 
@@ -168,3 +170,49 @@ def test_damaged_weights_are_named(tmp_path: Path, word_tokenizer: PreTrainedTok
     with pytest.raises(InputError, match=rf"{name} has NaN or infinite entries"):
         prune(source, "out", PruneConfig(), offload=True)
     assert not (tmp_path / "out.run").exists()
+
+
+def test_more_blocks_hold_no_more_hidden_states(
+    tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the allocation follows a stream for each layer of the model."""
+    held, spilled = 0, 0
+    count, keep = StateStore.count, StateStore.keep
+
+    def counted(self: StateStore, change: int) -> None:
+        nonlocal held
+        count(self, change)
+        held = max(held, self._bytes)
+
+    def kept(self: StateStore, states: Tensor) -> Kept:
+        nonlocal spilled
+        before = self._bytes
+        found = keep(self, states)
+        spilled += states.nbytes if self._bytes == before else 0
+        return found
+
+    monkeypatch.setattr(StateStore, "count", counted)
+    monkeypatch.setattr(StateStore, "keep", kept)
+    stream = 8 * LENGTH * 32 * 2  # bytes of all windows
+    outputs: dict[int, list[int]] = {}
+    for blocks in (2, 5):
+        (tmp_path / str(blocks)).mkdir()
+        source = write(
+            tmp_path / str(blocks) / "model", word_tokenizer, "llama", num_hidden_layers=blocks, dtype=torch.bfloat16
+        )
+        found: list[int] = []
+        for offload in (True, False):
+            held, spilled = 0, 0
+            prune(source, f"out-{offload}", PruneConfig(), offload=offload)
+            found += [held // stream, spilled > 0]
+        outputs[blocks] = found
+        assert_same_weights(source.parent)
+    assert outputs[2][:2] == outputs[5][:2] == [2, True]  # that of the model in work and that of the dense one
+    assert outputs[2][2] < outputs[5][2]
+    assert outputs[5][3] == 0
+
+
+def assert_same_weights(folder: Path) -> None:
+    files = [{p.name: p.read_bytes() for p in (folder / f"out-{o}").glob("*.safetensors")} for o in (True, False)]
+    assert files[0] == files[1]
+    assert len(files[0]) > 1

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -35,6 +36,12 @@ class Placement:
     def store(self) -> StateStore:
         """A store for hidden states."""
         return StateStore(self.states, self.limit, self.folder)
+
+    def within(self, size: int) -> Self:
+        """The same, but blocks that come one by one leave no more than `size` bytes of hidden states in memory."""
+        if self.loaded is resident:
+            return self
+        return replace(self, limit=size if self.limit is None else min(size, self.limit))
 
 
 IN_MEMORY = Placement()

@@ -211,9 +211,10 @@ def _blocks(held: Memory, states: float, job: AnyJob) -> tuple[float, float]:
 
 
 def disk_bytes(model: Outline, job: AnyJob, limit: int | None) -> int:
-    """The output, what is finished of it beside it, and hidden states above the limit."""
-    spilled = 0.0 if limit is None else max(0.0, job.memory(model).states - limit)
-    return int(job.disk(model) + spilled)
+    """The output, what is finished of it beside it, and hidden states in files."""
+    held = job.memory(model)
+    above = 0.0 if limit is None else max(0.0, held.states - limit)
+    return int(job.disk(model) + held.spilled + above)
 
 
 def capacity(device: torch.device, folder: Path) -> Capacity:

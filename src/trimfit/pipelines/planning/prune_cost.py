@@ -243,7 +243,8 @@ class Memory:
     """Bytes that are held at one time.
 
     - `weights`: of the model, or of what is loaded of it.
-    - `states`: hidden states between blocks. `copy`: the dense copy of a block.
+    - `states`: hidden states between blocks; `spilled`: those that are in files whatever the limit.
+    - `copy`: the dense copy of a block.
     - `work`: the largest of what one forward pass and one group of layers take.
     """
 
@@ -251,6 +252,7 @@ class Memory:
     states: float
     copy: float
     work: float
+    spilled: float = 0.0
 
 
 def _memory(model: Outline, job: Job) -> Memory:
@@ -258,18 +260,19 @@ def _memory(model: Outline, job: Job) -> Memory:
     inside = sum(block.bytes for block in model.blocks)
     streams = job.streams
     per_window = model.length * model.hidden * model.dtype.itemsize
-    states = job.windows * per_window * streams
+    states, spilled = job.windows * per_window * streams, 0
     if job.config.split != "uniform":
         layers = sum(_probed(block) for block in model.blocks)
         probes = layers * per_window * _few(model, job) if job.config.split == "error" else 0
-        states = max(states, (2 * job.fit * per_window) + probes)
+        allocating = (2 * job.fit * per_window) + probes
+        states, spilled = (states, max(0, allocating - states)) if job.offload else (max(states, allocating), 0)
     parts = (_work, _curvature_bytes)
     work = max((part(group, model, job) for part in parts for _, group in _groups(model)), default=0.0)
     work = max(work, *(_pass_bytes(group, block, model, job) for block, group in _groups(model)), 0.0)
     if job.config.split != "uniform":
         work = max(work, *(_allocation_bytes(block) for block in model.blocks))
     weights = model.bytes - inside + block if job.offload else model.bytes
-    return Memory(weights, states, block if job.config.target == "dense" else 0.0, work)
+    return Memory(weights, states, block if job.config.target == "dense" else 0.0, work, spilled)
 
 
 def _allocation_bytes(block: BlockOutline) -> float:

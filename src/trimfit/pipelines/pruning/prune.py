@@ -145,13 +145,20 @@ class PruneRun:
             method=self.config.split,
             damping=DEFAULT_DAMPING if self.config.damping == "auto" else self.config.damping,
             batch_size=self.config.batch_size,
-            placement=self.placement,
+            placement=self.placement.within(self._state_bytes),
             ranks=self.ranks,
             observer=self.observer,
         )
         allocation = allocate(losing, measured, method=self.config.split, sparsity=self.config.sparsity)
         self.ledger.keep_allocation(allocation)
         return allocation
+
+    @property
+    def _state_bytes(self) -> int:
+        """Of the hidden states that wait between two blocks while they are pruned. Allocating is to take no more."""
+        width = self.model.config.get_text_config(decoder=True).hidden_size
+        streams = 2 if self.config.target == "dense" else 1
+        return streams * self.tokens.numel() * width * self.model.dtype.itemsize
 
     def _patterns(self, allocation: Allocation | None) -> dict[str, Pattern]:
         """What the mask of each layer must follow, by its name."""

@@ -17,7 +17,7 @@ import trimfit
 from trimfit.calibration import CalibrationConfig, added_tokens, read_documents
 from trimfit.calibration.standard_library import EVALUATION, read_modules
 from trimfit.demo.run import model_path
-from trimfit.evaluate import Score, score_text
+from trimfit.evaluate import Score, TaskScore, evaluate_tasks, score_text
 from trimfit.masks import parse_pattern
 from trimfit.models import find_blocks
 from trimfit.report.spread import Spread
@@ -83,6 +83,11 @@ def parser(description: str | None, *, seeds: int, samples: int = 64) -> argpars
     return parser
 
 
+def add_task(parser: argparse.ArgumentParser) -> None:
+    """An argument for tables that tell accuracy too; lm-eval is needed then."""
+    parser.add_argument("--task", help="as of trimfit eval --tasks: demo, continuation:FILE")
+
+
 class Bench:
     """The model and the text that the arguments of `parser` name; the dense weights are kept beside the model.
 
@@ -118,6 +123,10 @@ class Bench:
         """How well `model` (by default the bench's own, as it is now) predicts the text."""
         return score_text(model or self.model, self.tokenizer, self.texts, length=self.length)
 
+    def accuracy(self, task: str | None) -> TaskScore | None:
+        """Of the model as it is now; None where no task is asked for."""
+        return None if task is None else evaluate_tasks(self.model, self.tokenizer, [task])[0]
+
     @torch.inference_mode()
     def divergence(self) -> float:
         """Mean KL divergence of the model's predictions from the dense model's, in nats per token of the full windows.
@@ -149,6 +158,11 @@ def indivisible(model: PreTrainedModel, pattern: dict[str, Any]) -> tuple[str, .
     m = parse_pattern(pattern["pattern"]).m
     layers = [layer for block in find_blocks(model) for layer in block.layers if layer.weight.shape[1] % m]
     return tuple(layer.name for layer in layers)
+
+
+def with_error(score: TaskScore) -> str:
+    """Accuracy ± its standard error over the questions, for a table."""
+    return f"{score.value:.3f} ± {score.standard_error or 0.0:.3f}"
 
 
 def mean_std(values: list[float], form: str) -> str:

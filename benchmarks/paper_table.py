@@ -4,17 +4,18 @@
     python benchmarks/paper_table.py MODEL --calibration FILE --text FILE
 
 Every cell prunes the dense model anew, each group of layers on inputs from the already pruned ones, and scores the
-result on the same text. A seed chooses the calibration windows. Prints a Markdown table; --json also keeps the raw
-numbers.
+result on the same text. A seed chooses the calibration windows. With --task there is the accuracy of the first seed's
+cells too. Prints Markdown tables; --json also keeps the raw numbers.
 """
 
 import itertools
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import PATTERNS, Bench, indivisible, machine, mean_std, parser
+from common import PATTERNS, Bench, add_task, indivisible, machine, mean_std, parser, with_error
 
 import trimfit
 
@@ -41,8 +42,10 @@ def main() -> None:
     options = parser(__doc__, seeds=3)
     options.add_argument("--selectors", nargs="*", default=list(dict.fromkeys(name for name, _ in VARIANTS)))
     options.add_argument("--patterns", nargs="*", help="such as 50%% 2:4; all five when left out")
+    add_task(options)
     arguments = options.parse_args()
     bench = Bench(arguments)
+    dense = bench.accuracy(arguments.task)
 
     cells: list[dict[str, Any]] = []
     chosen = arguments.patterns or list(PATTERNS)
@@ -69,6 +72,8 @@ def main() -> None:
             "certificate": report.certificate,
             "seconds": seconds,
         }
+        if seed == 0 and (reached := bench.accuracy(arguments.task)) is not None:
+            cell["accuracy"] = with_error(reached)
         cells.append(cell)
         print(json.dumps(cell), flush=True)
 
@@ -80,25 +85,31 @@ def main() -> None:
         f"windows of {bench.length}; dense perplexity {bench.dense.perplexity:.3f}. {arguments.seeds} seeds, "
         "mean ± std.\n"
     )
-    print(table(cells, "perplexity", ".2f"))
+    print(table(cells, lambda of: mean_std([cell["perplexity"] for cell in of], ".2f")))
     print("\nMean relative layer error on held-out tokens:\n")
-    print(table(cells, "held_out_error", ".4f"))
+    print(table(cells, lambda of: mean_std([cell["held_out_error"] for cell in of], ".4f")))
+    if dense is not None:
+        print(
+            f"\nAccuracy on {arguments.task}, first seed, ± standard error over its {dense.examples} questions; dense "
+            f"{with_error(dense)}:\n"
+        )
+        print(table(cells, lambda of: of[0]["accuracy"]))
     if arguments.json:
         arguments.json.write_text(json.dumps({"dense": bench.dense.perplexity, "cells": cells}, indent=1))
 
 
-def table(cells: list[dict[str, Any]], quantity: str, form: str) -> str:
-    """Markdown: a row for each selector and update, a column for each sparsity, mean ± std of `quantity`."""
+def table(cells: list[dict[str, Any]], entry: Callable[[list[dict[str, Any]]], str]) -> str:
+    """Markdown: a row for each selector and update, a column for each sparsity; `entry` tells of all seeds' cells."""
     patterns = list(dict.fromkeys(cell["pattern"] for cell in cells))
     lines = ["| mask | update | " + " | ".join(patterns) + " |", "|---|---|" + "---|" * len(patterns)]
     for selector, update in VARIANTS:
         if not any((cell["selector"], cell["update"]) == (selector, update) for cell in cells):
             continue
         row = [
-            [cell[quantity] for cell in cells if (cell["selector"], cell["update"], cell["pattern"]) == which]
+            [cell for cell in cells if (cell["selector"], cell["update"], cell["pattern"]) == which]
             for which in ((selector, update, pattern) for pattern in patterns)
         ]
-        entries = [mean_std(values, form) for values in row]
+        entries = [entry(of) for of in row]
         lines.append(f"| {selector} | {UPDATE[update]} | " + " | ".join(entries) + " |")
     return "\n".join(lines)
 

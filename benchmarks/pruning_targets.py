@@ -30,10 +30,9 @@ import time
 from typing import Any
 
 from alps import alps
-from common import PATTERNS, Bench, indivisible, machine, mean_std, parser
+from common import PATTERNS, Bench, add_task, indivisible, machine, mean_std, parser
 
 import trimfit
-from trimfit.evaluate import TaskScore, evaluate_tasks
 from trimfit.masks import SELECTORS, Selector
 
 PLAIN: dict[str, Any] = {"target": "layer", "guard": False}
@@ -58,12 +57,12 @@ def main() -> None:
     options = parser(__doc__, seeds=5)
     options.add_argument("--patterns", nargs="*", default=list(PATTERNS))
     options.add_argument("--methods", nargs="*", default=DEFAULT)
-    options.add_argument("--task", help="as of trimfit eval --tasks: demo, continuation:FILE")
+    add_task(options)
     options.add_argument("--divergence", action="store_true", help="from the dense model's predictions, too")
     arguments = options.parse_args()
     SELECTORS["alps"] = Selector(alps, "layer", updates_weights=True)
     bench = Bench(arguments)
-    dense = accuracy(bench, arguments.task)
+    dense = bench.accuracy(arguments.task)
 
     cells: list[dict[str, Any]] = []
     for seed in range(arguments.seeds):
@@ -83,7 +82,7 @@ def main() -> None:
             excess = math.log(bench.score().perplexity / bench.dense.perplexity)
             cell = {"pattern": label, "method": method, "seed": seed, "excess": excess, "seconds": seconds}
             cell["processor_seconds"] = processor  # what other work on the machine lengthens least
-            if (reached := accuracy(bench, arguments.task)) is not None:
+            if (reached := bench.accuracy(arguments.task)) is not None:
                 cell["accuracy"] = reached.value
             if arguments.divergence:
                 cell["divergence"] = bench.divergence()
@@ -104,11 +103,6 @@ def main() -> None:
         print(table(cells, "accuracy", ".3f"))
     if arguments.json:
         arguments.json.write_text(json.dumps({"dense": bench.dense.perplexity, "cells": cells}, indent=1))
-
-
-def accuracy(bench: Bench, task: str | None) -> TaskScore | None:
-    """Of the model as it is now."""
-    return None if task is None else evaluate_tasks(bench.model, bench.tokenizer, [task])[0]
 
 
 def _possible(options: dict[str, Any], pattern: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,8 @@
     python benchmarks/robustness.py MODEL --calibration FIRST_HALF --text SECOND_HALF --other demo --skip 0.85
 
 Every selector with its defaults, refitted, each cell from the dense model; scored on text of the model's own domain.
-Excess is nats per token over the dense model. The file of `--json` gets a line for each finished cell: the same command
+Excess is nats per token over the dense model. With --task cells of the first seed have their accuracy too, ± its
+standard error over the questions. The file of `--json` gets a line for each finished cell: the same command
 goes on from there, and with more `--counts` or `--seeds` adds to them. Prints Markdown tables of all cells that there
 are, and the pairs of settings in which a lower layer error did not give a lower perplexity.
 """
@@ -13,12 +14,12 @@ import argparse
 import itertools
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common import PATTERNS, Bench, indivisible, machine, mean_std, parser
+from common import PATTERNS, Bench, add_task, indivisible, machine, mean_std, parser, with_error
 from torch import Tensor
 
 import trimfit
@@ -45,13 +46,15 @@ class Cell:
     excess: float
     layer_error: float
     seconds: float
+    accuracy: str | None = None
 
 
 def main() -> None:
     arguments = _arguments()
     bench = Bench(arguments)
     texts = {"own": arguments.calibration, "other": arguments.other, "self": "self"}
-    named = ("model", "calibration", "other", "text", "skip", "characters", "sequence_length")
+    named = ("model", "calibration", "other", "text", "skip", "characters", "sequence_length", "task")
+    dense = bench.accuracy(arguments.task)
     with Journal(arguments.json) as journal:
         cells = [_cell(record) for record in journal.open({name: getattr(arguments, name) for name in named})]
         done = {(cell.setting, cell.seed) for cell in cells}
@@ -60,7 +63,7 @@ def main() -> None:
                 continue
             bench.restore()
             windows = bench.windows(texts[setting.source], seed, setting.samples)
-            cells.append(measure(bench, windows, setting, seed))
+            cells.append(measure(bench, windows, setting, seed, arguments.task if seed == 0 else None))
             done.add((setting, seed))
             journal.append(asdict(cells[-1]))
             print(json.dumps(asdict(cells[-1])), flush=True)
@@ -70,7 +73,11 @@ def main() -> None:
         f"eighth held out; {bench.dense.tokens:,} tokens scored ({arguments.text}); dense perplexity "
         f"{bench.dense.perplexity:.3f}. Perplexity (excess nats, mean ± std over seeds).\n"
     )
-    print("\n\n".join(tables(cells, arguments.samples)))
+    print("\n\n".join(tables(cells, arguments.samples, scores)))
+    if dense is not None:
+        print(f"\nAccuracy on {arguments.task}, {dense.examples} questions, first seed; dense {with_error(dense)}.\n")
+        print("\n\n".join(tables(cells, arguments.samples, accuracy)))
+    print("\n" + draws(cells, arguments.samples) + "\n\n" + contradictions(cells))
 
 
 def _arguments() -> argparse.Namespace:
@@ -82,6 +89,7 @@ def _arguments() -> argparse.Namespace:
     arguments.add_argument("--damped", type=int, nargs="*", default=[8, 32], help="counts with which damping is varied")
     arguments.add_argument("--patterns", nargs="*", choices=PATTERNS, default=["50%", "2:4"])
     arguments.add_argument("--selectors", nargs="*", choices=SELECTORS, default=list(SELECTORS))
+    add_task(arguments)
     return arguments.parse_args()
 
 
@@ -100,7 +108,7 @@ def _wanted(arguments: argparse.Namespace) -> Iterator[tuple[Setting, int]]:
         yield from ((Setting("own", n, *which), seed) for n in arguments.counts for which in grid)
 
 
-def measure(bench: Bench, windows: Tensor, setting: Setting, seed: int) -> Cell:
+def measure(bench: Bench, windows: Tensor, setting: Setting, seed: int, task: str | None) -> Cell:
     pattern = PATTERNS[setting.pattern]
     asked = {"selector": setting.selector, "damping": setting.damping, "ignore": indivisible(bench.model, pattern)}
     config = trimfit.PruneConfig.model_validate(asked | pattern)
@@ -108,37 +116,48 @@ def measure(bench: Bench, windows: Tensor, setting: Setting, seed: int) -> Cell:
     score = bench.score()
     error = report.mean_error().held_out
     assert error is not None  # an eighth of the windows is held out
-    return Cell(setting, seed, score.perplexity, score.nats - bench.dense.nats, error, report.seconds)
+    reached = bench.accuracy(task)
+    excess = score.nats - bench.dense.nats
+    accuracy = None if reached is None else with_error(reached)
+    return Cell(setting, seed, score.perplexity, excess, error, report.seconds, accuracy)
 
 
-def tables(cells: Sequence[Cell], samples: int) -> Iterator[str]:
-    """Markdown. `samples` is the number of windows where something else varies."""
-    patterns = list(dict.fromkeys(cell.setting.pattern for cell in cells))
-    selectors = list(dict.fromkeys(cell.setting.selector for cell in cells))
+def tables(cells: Sequence[Cell], samples: int, entry: Callable[[Sequence[Cell], Setting], str]) -> Iterator[str]:
+    """Markdown. `samples` is the number of windows where something else varies; `entry` tells of a setting."""
+    patterns, selectors = _axes(cells)
     counts = sorted({cell.setting.samples for cell in cells})
     for pattern in patterns:
-        rows = {s: [scores(cells, Setting("own", n, pattern, s)) for n in counts] for s in selectors}
+        rows = {s: [entry(cells, Setting("own", n, pattern, s)) for n in counts] for s in selectors}
         yield table(f"{pattern}, by windows", counts, rows)
     for pattern in patterns:
         sources = ["own", "self", "other"]
-        rows = {s: [scores(cells, Setting(source, samples, pattern, s)) for source in sources] for s in selectors}
+        rows = {s: [entry(cells, Setting(source, samples, pattern, s)) for source in sources] for s in selectors}
         yield table(f"{pattern}, {samples} windows of", sources, rows)
     dampings = [0.01, 0.1, "auto"]
     varied = sorted({(c.setting.pattern, c.setting.samples) for c in cells if c.setting.damping != 0.01})
     rows = {
-        f"{pattern}, {n} windows": [scores(cells, Setting("own", n, pattern, "joint", d)) for d in dampings]
+        f"{pattern}, {n} windows": [entry(cells, Setting("own", n, pattern, "joint", d)) for d in dampings]
         for pattern, n in varied
     }
     yield table("joint, by damping", dampings, rows)
-    heads = [f"{pattern}: {head}" for pattern in patterns for head in ("perplexity, excess", "layer error", "seeds")]
-    yield table(f"{samples} windows", heads, {s: _draws(cells, samples, patterns, s) for s in selectors})
-    yield contradictions(cells)
 
 
 def scores(cells: Sequence[Cell], setting: Setting) -> str:
     """Of the cells with this setting: perplexity, and in brackets the excess."""
     found = [cell for cell in cells if cell.setting == setting]
     return f"{_mean(found, 'perplexity'):.2f} ({mean_std([cell.excess for cell in found], '.4f')})" if found else "–"
+
+
+def accuracy(cells: Sequence[Cell], setting: Setting) -> str:
+    """Of the cell with this setting that has one."""
+    return next((cell.accuracy for cell in cells if cell.setting == setting and cell.accuracy), "–")
+
+
+def draws(cells: Sequence[Cell], samples: int) -> str:
+    """Markdown: by selector, what different windows of the model's own domain give."""
+    patterns, selectors = _axes(cells)
+    heads = [f"{pattern}: {head}" for pattern in patterns for head in ("perplexity, excess", "layer error", "seeds")]
+    return table(f"{samples} windows", heads, {s: _draws(cells, samples, patterns, s) for s in selectors})
 
 
 def _draws(cells: Sequence[Cell], samples: int, patterns: Sequence[str], selector: str) -> Iterator[str]:
@@ -169,6 +188,11 @@ def contradictions(cells: Sequence[Cell]) -> str:
         where = f"{a.pattern}, {a.samples} windows, {a.source}"
         lines.append(f"| {where} | {_named(both[0])} | {_named(both[1])} | {held} of {len(seeds)} |")
     return f"{len(lines) - 2} of {pairs} pairs:\n\n" + "\n".join(lines)
+
+
+def _axes(cells: Sequence[Cell]) -> tuple[list[str], list[str]]:
+    patterns, selectors = ([getattr(c.setting, axis) for c in cells] for axis in ("pattern", "selector"))
+    return list(dict.fromkeys(patterns)), list(dict.fromkeys(selectors))
 
 
 def _named(found: Sequence[Cell]) -> str:

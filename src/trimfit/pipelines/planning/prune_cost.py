@@ -14,6 +14,7 @@ from trimfit.masks.joint import SWAP_WORK
 from trimfit.models.groups import AT_ONCE
 from trimfit.models.logits import queries_apart
 from trimfit.models.outline import BlockOutline, GroupOutline, Outline
+from trimfit.pipelines.pruning.allocate import DEPTH
 from trimfit.pipelines.pruning.config import PruneConfig
 from trimfit.pipelines.pruning.sensitivity import TOKENS
 
@@ -186,9 +187,7 @@ def _allocation(model: Outline, job: Job) -> Costs:
     Passes and Gram matrices belong to their own stages, as the clock of a run counts them.
     """
     total: Costs = {stage: Counter() for stage in ("forward", "gram", "allocation")}
-    few = _few(model, job)
-    widest = max((group.inputs for block in model.blocks for group in block.groups), default=0)
-    windows = min(job.fit, -(-8 * widest // model.length)) if job.config.split == "error" else job.fit
+    few, windows = _few(model, job), _seen(model, job)
     behind = 0
     for block in reversed(model.blocks):
         behind += block.flops
@@ -204,6 +203,14 @@ def _allocation(model: Outline, job: Job) -> Costs:
             total["allocation"]["float64"] += n**3 + 2 * weights * n
             total["allocation"]["memory"] += _SORT_BYTES * weights
     return total
+
+
+def _seen(model: Outline, job: Job) -> int:
+    """Windows whose Gram matrices the allocation goes by."""
+    if job.config.split != "error":
+        return job.fit
+    widest = max((group.inputs for block in model.blocks for group in block.groups), default=0)
+    return min(job.fit, -(-DEPTH * widest // model.length))
 
 
 def _few(model: Outline, job: Job) -> int:
@@ -264,7 +271,7 @@ def _memory(model: Outline, job: Job) -> Memory:
     if job.config.split != "uniform":
         layers = sum(_probed(block) for block in model.blocks)
         probes = layers * per_window * _few(model, job) if job.config.split == "error" else 0
-        allocating = (2 * job.fit * per_window) + probes
+        allocating = 2 * _seen(model, job) * per_window + probes
         states, spilled = (states, max(0, allocating - states)) if job.offload else (max(states, allocating), 0)
     parts = (_work, _curvature_bytes)
     work = max((part(group, model, job) for part in parts for _, group in _groups(model)), default=0.0)

@@ -20,7 +20,7 @@ from trimfit.ranks import ALONE, Ranks
 from trimfit.refit import FactoredGram
 
 AllocationName = Literal["uniform", "owl", "error"]
-_DEPTH = 8  # tokens for each input: what is asked of a Gram matrix here is an order of weights, not their values
+DEPTH = 8  # tokens for each input: what is asked of a Gram matrix here is an order of weights, not their values
 
 
 class BlockBudget(BaseModel):
@@ -172,9 +172,9 @@ def _seen(walker: Walker, block: Block) -> Iterator[tuple[Group, InputMoments]]:
 
 
 def _enough(windows: Tensor, blocks: Sequence[Block]) -> Tensor:
-    """The first of the windows, with `_DEPTH` tokens for each input of the widest layer."""
+    """The first of the windows, with `DEPTH` tokens for each input of the widest layer."""
     widest = max(layer.weight.shape[1] for block in blocks for layer in block.layers)
-    return windows[: -(-_DEPTH * widest // windows.shape[1])]
+    return windows[: -(-DEPTH * widest // windows.shape[1])]
 
 
 def _allocation(

@@ -108,16 +108,28 @@ def test_second_moments_are_summed_in_float64(held_out: int, each: int):
     assert each * 100 * 10**2 < held.work < (each + 1) * 100 * 10**2
 
 
-def test_offloaded_blocks_do_not_add_up():
+@pytest.mark.parametrize(("limit", "options"), [(0, {}), (None, {}), (None, {"selector": "joint", "target": "dense"})])
+def test_offloaded_blocks_do_not_add_up(limit: int | None, options: dict[str, str]):
     """Peak memory with --offload is that of a model with one block; in memory it is not."""
     many = replace(MODEL, blocks=(BLOCK,) * 50, bytes=800 + 50 * 600)
     few = replace(MODEL, blocks=(BLOCK,), bytes=800 + 600)
     for offload, grows in ((False, True), (True, False)):
+        asked = job(offload=offload, **options)
         peaks = [
-            max(p.host for p in memory_peaks(model, job(offload=offload), 0, Capacity(1, None, 1, 0)))
-            for model in (few, many)
+            max(p.host for p in memory_peaks(model, asked, limit, Capacity(1, None, 1, 0))) for model in (few, many)
         ]
         assert (peaks[1] > peaks[0]) is grows
+
+
+def test_what_an_allocation_holds_by_hand():
+    """6 windows of 160 bytes before and behind a block, and for each of 6 layers; pruning holds 8 of 2 streams."""
+    asked = job(selector="joint", target="dense")
+    needed, pruning = (2 * 6 + 6 * 6) * 160, 2 * 8 * 160
+    assert asked.memory(MODEL).states == needed
+    offloaded = replace(asked, offload=True)
+    assert offloaded.memory(MODEL).states == pruning
+    in_files = {limit: disk_bytes(MODEL, offloaded, limit) - offloaded.disk(MODEL) for limit in (None, 1000, 0)}
+    assert in_files == {None: needed - pruning, 1000: needed - 1000, 0: needed}
 
 
 # A model of 100 blocks of 1 GiB whose largest layer is 8192 × 8192, and hidden states of 4 GiB.

@@ -245,6 +245,26 @@ def test_summary_counts_layers_that_lose_nothing(here: Here, tiny: Path, text: P
     assert "did not reach the tolerance" not in said and "keep simpler weights" not in said
 
 
+@pytest.mark.parametrize(
+    ("samples", "options", "told"),
+    [
+        (6, (), True),  # 160 tokens for 32 inputs
+        (6, ("--damping", "auto"), False),
+        (6, ("--refit", "none"), False),
+        (32, (), False),
+    ],
+)
+def test_few_tokens_are_told_with_what_helps(
+    here: Here, tiny: Path, text: Path, tmp_path: Path, samples: int, options: tuple[str, ...], told: bool
+) -> None:
+    few = ("--samples", str(samples), "--sequence-length", "32", "--selector", "wanda", *options)
+    outcome = here("prune", tiny, "-o", tmp_path / "out", "--calibration", text, *few)
+    assert outcome.status == 0, outcome.stderr
+    said = " ".join(outcome.stdout.split())
+    hint = "tokens for each input: more windows (--samples), or --damping auto, may give a better model"
+    assert (hint in said) is told
+
+
 def test_pattern_holds_in_every_group(prune: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     record = prune("--pattern", "2:4", "--selector", "wanda", "--solver", "cholesky")
     assert record["config"]["pattern"] == "2:4"

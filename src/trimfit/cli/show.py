@@ -22,6 +22,8 @@ from trimfit.evaluate import Score
 from trimfit.pipelines import Finished, LayerRecord, Observer, PruneReport, QuantizedRecord, QuantizeReport
 from trimfit.pipelines.evaluate_checkpoint import Evaluation
 
+_PLENTY = 16  # tokens for each input from which damping auto gained little: docs/choosing.md
+
 
 def quiet_libraries() -> None:
     """Silences the progress bars and notes of the libraries underneath; trimfit shows its own."""
@@ -121,6 +123,7 @@ def prune(report: PruneReport, calibration: str, out: Path, *, as_json: bool) ->
     _simpler(console, report)
     _weighed(console, report)
     _few_tokens(console, report.layers)
+    _close_fit(console, report)
     console.print(f"{report.seconds:.1f} s, peak memory {report.peak_memory / 2**20:.0f} MiB")
     console.print(
         f"written to {out} (plain transformers loads it; records in {out}/trimfit.json)", soft_wrap=True, markup=False
@@ -199,6 +202,18 @@ def _few_tokens(console: Console, records: Sequence[LayerRecord | QuantizedRecor
             f"{len(few)} layers of experts saw too few tokens for their width and were damped more"
             + (f", {len(none)} of them saw none, so data tells nothing of them" if none else "")
             + "; more calibration windows help"
+        )
+
+
+def _close_fit(console: Console, report: PruneReport) -> None:
+    """What may be better where refits had few tokens for as many weights as a row has."""
+    if report.config.damping == "auto" or report.config.refit == "none":
+        return
+    least = min((r.tokens / r.shape[1] for r in report.layers if not r.few_tokens), default=_PLENTY)
+    if least < _PLENTY:
+        console.print(
+            f"there are layers with only {least:.1f} calibration tokens for each input: more windows (--samples), or "
+            "--damping auto, may give a better model"
         )
 
 

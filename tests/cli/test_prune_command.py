@@ -251,6 +251,7 @@ def test_summary_counts_layers_that_lose_nothing(here: Here, tiny: Path, text: P
         (6, (), True),  # 160 tokens for 32 inputs
         (6, ("--damping", "auto"), False),
         (6, ("--refit", "none"), False),
+        (6, ("--damping", "0.1"), False),
         (32, (), False),
     ],
 )
@@ -263,6 +264,22 @@ def test_few_tokens_are_told_with_what_helps(
     said = " ".join(outcome.stdout.split())
     hint = "tokens for each input: more windows (--samples), or --damping auto, may give a better model"
     assert (hint in said) is told
+
+
+def test_what_helps_with_few_tokens_is_possible(here: Here, tiny: Path, text: Path, tmp_path: Path) -> None:
+    few = ("--samples", "6", "--sequence-length", "32", "--selector", "wanda", "--held-out", "0")
+    first = here("prune", tiny, "-o", tmp_path / "out", "--calibration", text, *few)
+    assert "--damping 0.1, may give a better model" in " ".join(first.stdout.split())
+    assert here("prune", tiny, "-o", tmp_path / "more", "--calibration", text, *few, "--damping", "0.1").status == 0
+
+
+def test_the_text_of_the_demo_is_told_to_be_of_one_kind(here: Here, tiny: Path, text: Path, tmp_path: Path) -> None:
+    few = ("--samples", "2", "--sequence-length", "32", "--selector", "magnitude", "--held-out", "0")
+    told = "for a model of anything else give --calibration a text of its own kind"
+    for number, (options, expected) in enumerate([((), True), (("--calibration", text), False)]):
+        outcome = here("prune", tiny, "-o", tmp_path / str(number), *few, *options)
+        assert outcome.status == 0, outcome.stderr
+        assert (told in " ".join(outcome.stdout.split())) is expected
 
 
 def test_pattern_holds_in_every_group(prune: Callable[..., dict[str, Any]], tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ def test_groups_and_weights_are_those_of_the_model(family: Family):
         assert groups == expected
     assert found.weights == sum(layer.weight.numel() for block in blocks for layer in block.layers)
     assert found.bytes == sum(p.nbytes for p in model.parameters())
-    assert found.hidden == model.get_input_embeddings().get_parameter("weight").shape[1]
+    states = model(windows(1), output_hidden_states=True).hidden_states
+    assert found.hidden == states[1].shape[-1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

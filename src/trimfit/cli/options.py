@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 Model = Annotated[str, typer.Argument(help="Model directory, hub name, or 'demo' for the embedded model.")]
-Output = Annotated[Path, typer.Option("-o", "--output", help="Directory to write; must not exist.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="Directory to write; must not exist without --overwrite.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
 Plan = Annotated[

@@ -17,10 +17,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
+from trimfit.calibration.config import DEMO
 from trimfit.demo.run import PROMPT, DemoRow
 from trimfit.evaluate import Score
 from trimfit.pipelines import Finished, LayerRecord, Observer, PruneReport, QuantizedRecord, QuantizeReport
 from trimfit.pipelines.evaluate_checkpoint import Evaluation
+from trimfit.pipelines.pruning.damping import DEFAULT_DAMPING
 
 _PLENTY = 16  # tokens for each input from which damping auto gained little: docs/choosing.md
 
@@ -124,6 +126,11 @@ def prune(report: PruneReport, calibration: str, out: Path, *, as_json: bool) ->
     _weighed(console, report)
     _few_tokens(console, report.layers)
     _close_fit(console, report)
+    if calibration == DEMO:
+        console.print(
+            "calibrated on source code of Python's standard library: for a model of anything else give --calibration "
+            "a text of its own kind, or self for what it writes itself"
+        )
     console.print(f"{report.seconds:.1f} s, peak memory {report.peak_memory / 2**20:.0f} MiB")
     console.print(
         f"written to {out} (plain transformers loads it; records in {out}/trimfit.json)", soft_wrap=True, markup=False
@@ -206,14 +213,15 @@ def _few_tokens(console: Console, records: Sequence[LayerRecord | QuantizedRecor
 
 
 def _close_fit(console: Console, report: PruneReport) -> None:
-    """What may be better where refits had few tokens for as many weights as a row has."""
-    if report.config.damping == "auto" or report.config.refit == "none":
+    """What may be better where refits had few tokens for the width of their layers, and λ is as usual or less."""
+    config = report.config
+    if config.damping == "auto" or config.damping > DEFAULT_DAMPING or config.refit == "none":
         return
     least = min((r.tokens / r.shape[1] for r in report.layers if not r.few_tokens), default=_PLENTY)
     if least < _PLENTY:
         console.print(
             f"there are layers with only {least:.1f} calibration tokens for each input: more windows (--samples), or "
-            "--damping auto, may give a better model"
+            f"--damping {'auto' if report.held_out_windows else '0.1'}, may give a better model"
         )
 
 

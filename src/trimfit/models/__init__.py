@@ -22,5 +22,6 @@ from trimfit.models.placement import Placement as Placement
 from trimfit.models.structure import Block as Block
 from trimfit.models.structure import Layer as Layer
 from trimfit.models.structure import find_blocks as find_blocks
+from trimfit.models.structure import hidden_size as hidden_size
 from trimfit.models.structure import select_layers as select_layers
 from trimfit.models.walk import Walker as Walker

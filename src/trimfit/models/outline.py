@@ -17,7 +17,7 @@ from trimfit.models.flow import find_flow
 from trimfit.models.groups import AT_ONCE
 from trimfit.models.heads import QueryKey, find_query_key
 from trimfit.models.hooks import before
-from trimfit.models.structure import Block, Layer, find_blocks, select_layers
+from trimfit.models.structure import Block, Layer, find_blocks, hidden_size, select_layers
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def outline(
         size = {block.name: sum(p.nbytes for p in block.module.parameters()) for block in every}
         embedding = model.get_input_embeddings().get_parameter("weight")
         traced = _trace(model.eval(), every, length)
-        hidden = embedding.shape[1]
+        hidden = hidden_size(model)
         return Outline(
             tuple(
                 _wired(

@@ -173,6 +173,12 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
+def hidden_size(model: PreTrainedModel) -> int:
+    """Width of the hidden states between blocks; that of the embedding for a config that does not tell."""
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "hidden_size", None) or model.get_input_embeddings().get_parameter("weight").shape[1]
+
+
 def select_layers(
     model: PreTrainedModel, blocks: Sequence[Block], ignore: Iterable[str], option: str = "ignore"
 ) -> list[Block]:

@@ -158,7 +158,10 @@ def _look(out: Path) -> tuple[_Request | None, Resumed | None]:
     if request is None and run_path(out).is_dir():
         raise InputError(f"{run_path(out)} does not tell what to do; give the command of the run again, which goes on")
     if request is None:
-        raise InputError(f"there is no run to go on with: neither {out} nor {run_path(out)} is one of trimfit")
+        raise InputError(
+            f"there is no run to go on with: neither {out} nor {run_path(out)} is one of trimfit prune or quantize (a "
+            "comparison goes on by its own command again)"
+        )
     return request, None
 
 

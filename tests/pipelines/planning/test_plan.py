@@ -130,6 +130,20 @@ def test_what_an_allocation_holds_by_hand():
     assert offloaded.memory(MODEL).states == pruning
     in_files = {limit: disk_bytes(MODEL, offloaded, limit) - offloaded.disk(MODEL) for limit in (None, 1000, 0)}
     assert in_files == {None: needed - pruning, 1000: needed - 1000, 0: needed}
+    # At each of two blocks the two streams of 6 windows are read and written, at the second those of 3 layers too.
+    moved = 2 * (2 * 2 * 6 + 3 * 6) * 160
+    uniform = offloaded.evenly()
+    assert uniform.memory(MODEL).spilled == 0
+    walk = 4 * sum(block.bytes for block in MODEL.blocks)
+    more = offloaded.costs(MODEL)["files"]["disk"] - uniform.costs(MODEL)["files"]["disk"]
+    assert more == walk + int(moved * (needed - pruning) / needed)
+
+
+def test_a_disk_too_small_for_an_allocation_is_told_what_needs_less():
+    asked = job(offload=True, selector="joint", target="dense")
+    disk = disk_bytes(MODEL, asked.evenly(), None)
+    found = find_problem(MODEL, asked, None, Capacity(GIB, None, disk, 0))
+    assert found is not None and found.endswith("give --allocation uniform")
 
 
 # A model of 100 blocks of 1 GiB whose largest layer is 8192 × 8192, and hidden states of 4 GiB.

@@ -259,6 +259,8 @@ def _remedies(model: Outline, job: AnyJob, limit: int | None, room: Capacity) ->
     spills = job.windows > 0 and (limit is None or limit > least)
     alone: dict[str, tuple[AnyJob, int | None]] = {} if job.offload else {"give --offload": (offloaded, limit)}
     found = alone | ({f"give {size}": (job, least), f"give --offload {size}": (offloaded, least)} if spills else {})
+    if isinstance(job, Job) and job.config.split == "error":
+        found["give --allocation uniform"] = (job.evenly(), limit)
     small = job.one_by_one()
     found |= {"give --batch-size 1": (small, limit)}
     for count in _halves(job.windows):

@@ -63,6 +63,10 @@ class Job:
         """The same with one window in a forward pass."""
         return replace(self, config=self.config.model_copy(update={"batch_size": 1}))
 
+    def evenly(self) -> Self:
+        """The same without an allocation, which follows a stream of hidden states for each layer."""
+        return replace(self, config=self.config.model_copy(update={"allocation": "uniform"}))
+
     @property
     def streams(self) -> int:
         """Of hidden states: the model in work and, for the target dense, the dense model."""
@@ -231,7 +235,20 @@ def _file_bytes(model: Outline, job: Job) -> int:
         return 4 * model.bytes + 2 * layers  # loaded, fingerprinted, written, verified
     walks = 2 if job.config.split != "uniform" else 1
     # Checked and fingerprinted, copied, compared; causality; each walk sees two windows first; layers kept, and moved.
-    return 5 * model.bytes + (1 + 4 * walks) * in_blocks + in_blocks + 4 * layers
+    return 5 * model.bytes + (1 + 4 * walks) * in_blocks + in_blocks + 4 * layers + _spilled_traffic(model, job)
+
+
+def _spilled_traffic(model: Outline, job: Job) -> int:
+    """Read and written of the hidden states that an allocation puts into files: all of them at each block."""
+    allocating = _allocating(model, job)
+    if not allocating:
+        return 0
+    before, seen = 0, 0  # streams, and how many were seen so far in all
+    for block in model.blocks:
+        seen += before
+        before += _probed(block)
+    moved = 2 * _window_bytes(model) * (_few(model, job) * seen + 2 * _seen(model, job) * len(model.blocks))
+    return int(moved * _memory(model, job).spilled / allocating)
 
 
 def _disk(model: Outline, job: Job) -> int:
@@ -266,13 +283,9 @@ def _memory(model: Outline, job: Job) -> Memory:
     block = max(model.blocks, key=lambda block: block.bytes).bytes
     inside = sum(block.bytes for block in model.blocks)
     streams = job.streams
-    per_window = model.length * model.hidden * model.dtype.itemsize
-    states, spilled = job.windows * per_window * streams, 0
-    if job.config.split != "uniform":
-        layers = sum(_probed(block) for block in model.blocks)
-        probes = layers * per_window * _few(model, job) if job.config.split == "error" else 0
-        allocating = 2 * _seen(model, job) * per_window + probes
-        states, spilled = (states, max(0, allocating - states)) if job.offload else (max(states, allocating), 0)
+    pruning, allocating = job.windows * _window_bytes(model) * streams, _allocating(model, job)
+    states, above = max(pruning, allocating), max(0, allocating - pruning)
+    states, spilled = (pruning, above) if job.offload else (states, 0)
     parts = (_work, _curvature_bytes)
     work = max((part(group, model, job) for part in parts for _, group in _groups(model)), default=0.0)
     work = max(work, *(_pass_bytes(group, block, model, job) for block, group in _groups(model)), 0.0)
@@ -280,6 +293,19 @@ def _memory(model: Outline, job: Job) -> Memory:
         work = max(work, *(_allocation_bytes(block) for block in model.blocks))
     weights = model.bytes - inside + block if job.offload else model.bytes
     return Memory(weights, states, block if job.config.target == "dense" else 0.0, work, spilled)
+
+
+def _window_bytes(model: Outline) -> int:
+    """Of the hidden states of one window."""
+    return model.length * model.hidden * model.dtype.itemsize
+
+
+def _allocating(model: Outline, job: Job) -> int:
+    """Bytes of hidden states while the sparsity is allocated: before and behind a block, and of each layer's stream."""
+    if job.config.split == "uniform":
+        return 0
+    layers = sum(_probed(block) for block in model.blocks) if job.config.split == "error" else 0
+    return (2 * _seen(model, job) + layers * _few(model, job)) * _window_bytes(model)
 
 
 def _allocation_bytes(block: BlockOutline) -> float:

@@ -24,6 +24,7 @@ from trimfit.models import (
     find_blocks,
     find_free_orders,
     find_query_key,
+    hidden_size,
     select_layers,
     together,
 )
@@ -155,10 +156,10 @@ class PruneRun:
 
     @property
     def _state_bytes(self) -> int:
-        """Of the hidden states that wait between two blocks while they are pruned. Allocating is to take no more."""
-        width = self.model.config.get_text_config(decoder=True).hidden_size
+        """Of the hidden states that wait here between two blocks that are pruned. Allocating is to take no more."""
         streams = 2 if self.config.target == "dense" else 1
-        return streams * self.tokens.numel() * width * self.model.dtype.itemsize
+        states = streams * self.tokens.numel() * hidden_size(self.model)
+        return states * self.model.dtype.itemsize // self.ranks.count
 
     def _patterns(self, allocation: Allocation | None) -> dict[str, Pattern]:
         """What the mask of each layer must follow, by its name."""

@@ -24,7 +24,7 @@ from trimfit.checkpoints.packed import (
 from trimfit.checkpoints.patch import PatchedShards, check_patchable
 from trimfit.checkpoints.shard_writer import SHARD_BYTES, ShardWriter
 from trimfit.errors import InputError
-from trimfit.models import Block
+from trimfit.models import Block, hidden_size
 from trimfit.pipelines.checkpoint_record import CheckpointRecord
 from trimfit.pipelines.checks import check_stream
 from trimfit.pipelines.opened import InMemory, Offloaded, check_text
@@ -125,7 +125,7 @@ class Result:
         layers = [(len(layer.weight), layer.weight.shape[1]) for block in self.blocks for layer in block.layers]
         inside = [parameter for block in self.blocks for parameter in block.module.parameters()]
         whole, in_blocks = (sum(one.nbytes for one in some) for some in (self._model.parameters(), inside))
-        width = 0 if data else self._model.config.get_text_config(decoder=True).hidden_size
+        width = 0 if data else hidden_size(self._model)
         moments, itemsize = 4 * width**2 * len(self.blocks), self._model.dtype.itemsize
         return QuantizeDisk(layers, whole, in_blocks, itemsize, moments, self.config, self.format).peak
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimfit.models.flow import Flow, embedding_scale, rows_of
+from trimfit.models.structure import hidden_size
 from trimfit.quant.moments import Norm, ResidualStream, attention_moment, mlp_moment
 
 _ROWS = 4096
@@ -25,7 +26,7 @@ class WeightMoments:
     """
 
     def __init__(self, model: PreTrainedModel, embedding: Tensor | None = None, device: torch.device | None = None):
-        size = model.config.get_text_config(decoder=True).hidden_size
+        size = hidden_size(model)
         embedding = model.get_input_embeddings().get_parameter("weight") if embedding is None else embedding
         device = device or embedding.device
         pieces = embedding.detach().split(_ROWS)  # in float32 it may be larger than a block

@@ -54,6 +54,21 @@ def test_table_on_standard_output_and_in_the_folder(here: Here, arguments: list[
     ]
 
 
+def test_real_text_beside_what_the_model_writes(
+    here: Here, arguments: list[str | Path], text: Path, tmp_path: Path
+) -> None:
+    place = arguments.index("--calibration") + 1
+    arguments[place] = f"{text},self"
+    outcome = here(*arguments, "--updates", "none", "--seeds", "1")
+    assert outcome.status == 0, outcome.stderr
+    assert [cell["calibration"] for cell in cells(tmp_path / "out")] == [str(text), "self"]
+    comma = tmp_path / "a,b.txt"
+    comma.write_text(text.read_text())
+    arguments[place] = comma
+    assert here(*arguments, "--updates", "none", "--seeds", "1", "-o", tmp_path / "more").status == 0
+    assert [cell["calibration"] for cell in cells(tmp_path / "more")] == [str(comma)]
+
+
 def test_json(here: Here, arguments: list[str | Path], tmp_path: Path) -> None:
     options = ("--patterns", "2:4", "--reorder", "no,yes", "--damping", "0.1")
     outcome = here(*arguments, "--updates", "none", *options, "--seeds", "1", "--json")

@@ -42,7 +42,9 @@ def compare(
     ] = None,
     patterns: Annotated[_Axis, typer.Option(help="N:M patterns, as in 2:4,4:8.")] = None,
     seeds: Annotated[int, typer.Option(help="Draws of the calibration windows.")] = 5,
-    calibration: options.Calibration = "demo",
+    calibration: Annotated[
+        _Axis, typer.Option(help="As for prune; several, as in my-text.txt,self, are an axis. \\[default: demo]")
+    ] = None,
     text: Annotated[str, typer.Option(help="What is scored: text file, .jsonl, hub data set, or 'demo'.")] = "demo",
     field: options.Field = "text",
     split: Annotated[str, typer.Option(help="Split of a calibration data set on the hub.")] = "train",
@@ -99,9 +101,10 @@ def compare(
         "batch_size": batch_size,
     }
     config = CompareConfig.model_validate({**{k: v for k, v in axes.items() if v}, "seeds": seeds, "common": common})
-    windows = CalibrationConfig(
-        source=calibration, field=field, split=split, samples=samples, sequence_length=sequence_length
-    )
+    windows = [
+        CalibrationConfig(source=source, field=field, split=split, samples=samples, sequence_length=sequence_length)
+        for source in _sources(calibration)
+    ]
     output = output.expanduser()
     show.quiet_libraries()
     try:
@@ -143,6 +146,13 @@ def _values(option: str, given: _Axis) -> tuple[str, ...]:
     if given and not values:
         raise InputError(f"{option} names nothing; name some, or leave it out")
     return values
+
+
+def _sources(given: _Axis) -> tuple[str, ...]:
+    """As `_values`, but a file whose name has a comma in it is one."""
+    if given and all(Path(part).exists() for part in given):
+        return tuple(given)
+    return _values("--calibration", given) or ("demo",)
 
 
 def _shares(given: _Axis) -> tuple[float, ...]:

@@ -99,6 +99,42 @@ def test_cells_are_those_pruned_and_scored_by_hand(source: str, data: Path, done
             assert cell.report.mean_error() == report.mean_error()
 
 
+@pytest.mark.usefixtures("no_plots")
+def test_several_sources_of_calibration_are_an_axis(source: str, data: Path, tmp_path: Path) -> None:
+    """Beside real text what the model writes itself; each cell is what a comparison on that source alone has."""
+    config = CompareConfig(selectors=("wanda",), updates=("none", "optimal"), seeds=2)
+    real = calibration(data)
+    both = [real, real.model_copy(update={"source": "self"})]
+    text = {"text": str(data / "text.txt"), "window": LENGTH}
+    found = compare(source, tmp_path / "both", config, both, **text)
+    assert [(row.config.refit, row.calibration) for row in found.rows] == [
+        (update, one.source) for update in ("none", "optimal") for one in both
+    ]
+    header, _, _, *rows = [[c.strip() for c in line.split("|")[1:-1]] for line in _tables(tmp_path / "both")[0]]
+    assert header[:4] == ["pattern", "mask", "update", "calibration"]
+    assert [row[3] for row in rows] == [real.source, "self"] * 2
+    for one in both:
+        alone = compare(source, tmp_path / one.source[-4:], config, one, **text)
+        assert "calibration" not in _tables(tmp_path / one.source[-4:])[0][0]
+        own = [row for row in found.rows if row.calibration == one.source]
+        assert [[c.score for c in row.cells] for row in own] == [[c.score for c in row.cells] for row in alone.rows]
+    scores = {row.calibration: row.cells[0].score for row in found.rows}
+    assert scores[real.source] != scores["self"]
+    before = lines(tmp_path / "both")
+    compare(source, tmp_path / "both", config, both, **text)  # all of it is there
+    assert lines(tmp_path / "both") == before
+
+
+def test_sources_that_are_calibrated_on_otherwise_are_refused(source: str, data: Path, tmp_path: Path) -> None:
+    one = calibration(data)
+    for wrong, message in (
+        ([], "no calibration is given"),
+        ([one, calibration(data, 1)], "may differ in their source"),
+    ):
+        with pytest.raises(InputError, match=message):
+            compare(source, tmp_path / "out", CONFIG, wrong)
+
+
 def test_table_is_what_the_cells_say(done: tuple[Comparison, Path]) -> None:
     comparison, out = done
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in _tables(out)[0]]

@@ -29,7 +29,7 @@ class Bench:
     """Prunes and scores copies of one model.
 
     - `checkpoint`: the dense model; a copy of its weights is kept on the CPU.
-    - `calibration`: the windows of the first seed.
+    - `calibrations`: the windows of the first seed, from one source or several.
     - `documents`, `window`: what is scored, as for `score_text`; `tasks`: what is asked too.
     - `limit`: the most windows of the text, and the most examples of each task.
     - `batch_size`: sequences in one forward pass for tasks, and where the model writes its own calibration text.
@@ -38,7 +38,7 @@ class Bench:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        calibration: CalibrationConfig,
+        calibrations: Sequence[CalibrationConfig],
         documents: Sequence[str],
         *,
         window: int,
@@ -47,22 +47,24 @@ class Bench:
         batch_size: int,
         observer: Observer,
     ):
-        self._checkpoint, self._calibration, self._batch_size = checkpoint, calibration, batch_size
+        self._checkpoint, self._batch_size = checkpoint, batch_size
+        self._calibrations = {calibration.source: calibration for calibration in calibrations}
         self._documents, self._window, self._limit, self._tasks = list(documents), window, limit, tasks
         self._observer = observer
         self._dense = {name: tensor.to("cpu", copy=True) for name, tensor in checkpoint.model.state_dict().items()}
-        self._windows: tuple[int, Tensor] | None = None  # of one seed at a time
+        self._windows: tuple[str, int, Tensor] | None = None  # of one source and seed at a time
         self._measure = Remembered()
 
     def identity(self) -> dict[str, Any]:
         """All that the numbers depend on and a config does not tell."""
-        calibration = self._calibration
+        first = next(iter(self._calibrations.values()))
         # The model and the config determine what it writes itself, which takes long to repeat.
-        windows = None if calibration.source == SELF else digest(self._draw(calibration.seed))
+        read = [calibration for calibration in self._calibrations.values() if calibration.source != SELF]
+        windows = [digest(self._draw(calibration.source, calibration.seed)) for calibration in read]
         return {
             "model": fingerprint(self._checkpoint.model),
-            "calibration": calibration.model_dump(mode="json"),
-            "windows": windows,
+            "calibration": {**first.model_dump(mode="json"), "source": ", ".join(self._calibrations)},
+            "windows": ", ".join(windows) or None,
             "text": hashlib.sha256("\0".join(self._documents).encode()).hexdigest(),
             "window": self._window,
             "tasks": self._tasks and self._tasks.fingerprint(),
@@ -77,13 +79,16 @@ class Bench:
         self._restore()
         return self._measured(Cell(config=None, seed=None))
 
-    def cell(self, config: PruneConfig, seed: int, label: str) -> Cell:
-        """One pruned model; `label` goes before the stages that the observer is told. No error is raised but marked."""
+    def cell(self, config: PruneConfig, source: str, seed: int, label: str) -> Cell:
+        """One model pruned on windows of a source; no error is raised but marked.
+
+        `label` goes before the stages that the observer is told.
+        """
         observer = _Labelled(self._observer, label)
-        cell = Cell(config=config, seed=seed)
+        cell = Cell(config=config, calibration=source, seed=seed)
         try:
             self._restore()
-            windows = self._draw(seed)
+            windows = self._draw(source, seed)
             self._measure.begin()
             report = prune(self._checkpoint.model, windows, config, observer=observer, measure=self._measure)
             observer.stage("scoring")
@@ -97,12 +102,12 @@ class Bench:
     def _restore(self) -> None:
         self._checkpoint.model.load_state_dict(self._dense)
 
-    def _draw(self, seed: int) -> Tensor:
-        if self._windows is None or self._windows[0] != seed:
-            asked = self._calibration.model_copy(update={"seed": seed})
+    def _draw(self, source: str, seed: int) -> Tensor:
+        if self._windows is None or self._windows[:2] != (source, seed):
+            asked = self._calibrations[source].model_copy(update={"seed": seed})
             windows, _ = draw_windows(self._checkpoint, asked, self._batch_size, self._observer)
-            self._windows, self._measure = (seed, windows), Remembered()
-        return self._windows[1]
+            self._windows, self._measure = (source, seed, windows), Remembered()
+        return self._windows[2]
 
     def _measured(self, cell: Cell) -> Cell:
         """The cell with what the model as it is now reaches."""

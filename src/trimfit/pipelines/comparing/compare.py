@@ -33,7 +33,7 @@ def compare(
     source: str,
     out: str | Path,
     config: CompareConfig | None = None,
-    calibration: CalibrationConfig | None = None,
+    calibration: CalibrationConfig | Sequence[CalibrationConfig] | None = None,
     *,
     text: str = "demo",
     field: str = "text",
@@ -52,7 +52,8 @@ def compare(
     - `out`: folder for `journal.jsonl`, to which each finished cell goes at once, and at the end for `comparison.md`,
       `comparison.json` and, with matplotlib, plots. With the journal of an interrupted run in it, finished cells are
       taken from there; more axes or seeds than before may be asked for. Cells that failed are tried again.
-    - `config`, `calibration`: the grid; and the windows, whose seeds are `calibration.seed` and those after it.
+    - `config`, `calibration`: the grid; and the windows, whose seeds are `calibration.seed` and those after it. Several
+      that differ in their source alone are an axis too: each config is pruned on windows of each.
     - `text`, `field`, `split`, `window`: what is scored, as for `trimfit eval`; `tasks`: as for `evaluate_tasks`.
     - `limit`: the most windows of the text, and the most examples of each task.
     - `device`, `observer`: where to work (the CPU when None), and who is told of the progress.
@@ -61,7 +62,9 @@ def compare(
     for a grid without cells, an `out` with something else in it or with the journal of another model, calibration,
     text, or version, and for whatever is wrong with model and data before the first cell.
     """
-    config, calibration, observer = config or CompareConfig(), calibration or CalibrationConfig(), observer or Silent()
+    config, observer = config or CompareConfig(), observer or Silent()
+    calibrations = _sources(CalibrationConfig() if calibration is None else calibration)
+    calibration = calibrations[0]
     grid, out = config.grid(), Path(out)
     _check_out(out)
     check_limit(limit)
@@ -75,7 +78,7 @@ def compare(
     fitted = _Fitted(grid.configs, losing)
     bench = Bench(
         checkpoint,
-        calibration,
+        calibrations,
         documents,
         window=window_length(window, checkpoint.model.config),
         tasks=asked,
@@ -87,12 +90,13 @@ def compare(
     with Journal(out / JOURNAL) as journal:
         recorded = _cells(journal, identity)
         seeds = range(calibration.seed, calibration.seed + config.seeds)
-        dense, cells = _run(bench, journal, recorded, list(itertools.product(seeds, fitted.configs)))
+        sources = [one.source for one in calibrations]
+        dense, cells = _run(bench, journal, recorded, list(itertools.product(sources, seeds, fitted.configs)))
         comparison = Comparison(
             source=source,
             identity={"text_name": text, **identity},
             dense=dense,
-            rows=make_rows(fitted.configs, cells),
+            rows=make_rows(fitted.configs, sources, cells),
             weights=sum(layer.weight.numel() for block in find_blocks(checkpoint.model) for layer in block.layers),
             notes=(*fitted.notes, *(f"Left out: {reason}." for reason in grid.left_out)),
         )
@@ -102,19 +106,19 @@ def compare(
 
 
 def _run(
-    bench: Bench, journal: Journal, recorded: Sequence[Cell], wanted: Sequence[tuple[int, PruneConfig]]
+    bench: Bench, journal: Journal, recorded: Sequence[Cell], wanted: Sequence[tuple[str, int, PruneConfig]]
 ) -> tuple[Cell, list[Cell]]:
     """The dense cell and those wanted, in that order, from the journal where they are finished there."""
-    done = {(cell.seed, cell.config): cell for cell in recorded if cell.failure is None}
-    dense = done.get((None, None))
+    done = {(cell.calibration, cell.seed, cell.config): cell for cell in recorded if cell.failure is None}
+    dense = done.get((None, None, None))
     if dense is None:
         dense = bench.dense()
         journal.append(dense.record())
     cells: list[Cell] = []
-    for number, (seed, config) in enumerate(wanted, start=1):
-        cell = done.get((seed, config))
+    for number, (source, seed, config) in enumerate(wanted, start=1):
+        cell = done.get((source, seed, config))
         if cell is None:
-            cell = bench.cell(config, seed, f"{number}/{len(wanted)}")
+            cell = bench.cell(config, source, seed, f"{number}/{len(wanted)}")
             journal.append(cell.record())
         cells.append(cell)
     return dense, cells
@@ -130,6 +134,18 @@ def _cells(journal: Journal, identity: Mapping[str, Any]) -> list[Cell]:
         raise InputError(
             f"the cells of {journal.path} are of another trimfit, from {first} on; choose another output"
         ) from error
+
+
+def _sources(calibration: CalibrationConfig | Sequence[CalibrationConfig]) -> list[CalibrationConfig]:
+    """One for each source."""
+    given = [calibration] if isinstance(calibration, CalibrationConfig) else list(calibration)
+    by_source = {one.source: one for one in given}
+    if not by_source:
+        raise InputError("no calibration is given; name a source, or leave it out for the default")
+    first = given[0]
+    if any(one.model_copy(update={"source": first.source}) != first for one in given):
+        raise InputError("several calibrations of one comparison may differ in their source only")
+    return list(by_source.values())
 
 
 def _check_out(out: Path) -> None:

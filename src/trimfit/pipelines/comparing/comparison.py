@@ -1,5 +1,6 @@
 """What a comparison found, cell by cell and over the seeds."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from trimfit.report import Spread
 class Cell(BaseModel):
     """One pruned and scored model, or what came of the attempt.
 
-    - `config`, `seed`: how it was pruned, on which draw of windows; both None for the dense model.
+    - `config`, `calibration`, `seed`: how it was pruned, on windows of which source and draw; None for the dense model.
     - `report`: of the pruning; `score`: of the pruned model. None where they were not reached.
     - `tasks`: what it reaches on each task, with standard errors.
     - `failure`: why the cell failed; None for one that is finished.
@@ -29,6 +30,7 @@ class Cell(BaseModel):
 
     config: PruneConfig | None
     seed: int | None
+    calibration: str | None = None
     report: PruneReport | None = None
     score: Score | None = None
     tasks: tuple[TaskScore, ...] = ()
@@ -41,9 +43,10 @@ class Cell(BaseModel):
 
 @dataclass(frozen=True)
 class Row:
-    """The cells of one config over the seeds; those that failed are in `failures` alone."""
+    """The cells of one config, calibrated on one source, over the seeds; those that failed are in `failures` alone."""
 
     config: PruneConfig
+    calibration: str
     cells: tuple[Cell, ...]
     failures: tuple[Cell, ...]
 
@@ -58,7 +61,7 @@ class Comparison:
 
     - `source`: the model; `identity`: fingerprints, texts, versions, all that the numbers depend on.
     - `dense`: the cell of the model as it came.
-    - `rows`: one for each config, in the order of the grid.
+    - `rows`: one for each config and source of calibration, in the order of the grid.
     - `weights`: number of weights in the linear layers of the blocks, those that stay dense included.
     - `notes`: what a reader of the table must know.
     """
@@ -106,6 +109,7 @@ class Comparison:
         spreads = {name: row.spread(quantity) for name, quantity in numbers.items()}
         return {
             "config": row.config.model_dump(mode="json"),
+            "calibration": row.calibration,
             **{name: None if s is None else {"mean": _finite(s.mean), "std": s.std} for name, s in spreads.items()},
             "cells": [
                 {
@@ -125,13 +129,21 @@ def pattern_name(config: PruneConfig) -> str:
     return f"{pattern.n}:{pattern.m}" if isinstance(pattern, NM) else f"{100 * pattern.sparsity:g}%"
 
 
-def make_rows(configs: Sequence[PruneConfig], cells: Sequence[Cell]) -> tuple[Row, ...]:
-    """The cells by config."""
-    of = {config: [cell for cell in cells if cell.config == config] for config in configs}
+def make_rows(configs: Sequence[PruneConfig], sources: Sequence[str], cells: Sequence[Cell]) -> tuple[Row, ...]:
+    """The cells by config and source of calibration."""
     return tuple(
-        Row(config, tuple(c for c in own if c.failure is None), tuple(c for c in own if c.failure is not None))
-        for config, own in of.items()
+        Row(
+            config,
+            source,
+            tuple(cell for cell in cells if _is_of(cell, config, source) and cell.failure is None),
+            tuple(cell for cell in cells if _is_of(cell, config, source) and cell.failure is not None),
+        )
+        for config, source in itertools.product(configs, sources)
     )
+
+
+def _is_of(cell: Cell, config: PruneConfig, source: str) -> bool:
+    return cell.calibration == source and cell.config == config
 
 
 def _numbers(score: Score | None) -> dict[str, float | None]:

@@ -21,24 +21,29 @@ log = logging.getLogger(__name__)
 PLOTS = ("perplexity.png", "layer-error-*.png", "layer-seconds-*.png")
 _UPDATES = {"none": "none", "own": "own", "optimal": "optimal refit"}
 
-_Labels: TypeAlias = Mapping[str, Callable[[PruneConfig], str]]
+_Labels: TypeAlias = Mapping[str, Callable[[Row], str]]
 
 
 def _scope(pattern: Pattern) -> str:
     return "" if isinstance(pattern, NM) else pattern.scope
 
 
+def _rows(config: PruneConfig) -> str:
+    return "" if not config.rows_matter else "attention" if config.weighs_rows else "equal"
+
+
 # Columns that say what a row is, with the selector's defaults; empty where there is nothing to say. A column beyond the
 # first three is shown where what it says differs.
 _LABELS: _Labels = {
-    "pattern": pattern_name,
-    "mask": lambda config: config.selector,
-    "update": lambda config: _UPDATES[config.refit],
-    "target": lambda config: config.target,
-    "scope": lambda config: _scope(config.mask_pattern),
-    "allocation": lambda config: config.split if config.pattern is None else "",
-    "rows": lambda config: "" if not config.rows_matter else "attention" if config.weighs_rows else "equal",
-    "order": lambda config: "" if config.pattern is None else "reordered" if config.reorders else "given",
+    "pattern": lambda row: pattern_name(row.config),
+    "mask": lambda row: row.config.selector,
+    "update": lambda row: _UPDATES[row.config.refit],
+    "calibration": lambda row: row.calibration,
+    "target": lambda row: row.config.target,
+    "scope": lambda row: _scope(row.config.mask_pattern),
+    "allocation": lambda row: row.config.split if row.config.pattern is None else "",
+    "rows": lambda row: _rows(row.config),
+    "order": lambda row: "" if row.config.pattern is None else "reordered" if row.config.reorders else "given",
 }
 _ALWAYS = ("pattern", "mask", "update")
 # Columns of numbers: heading, quantity, format.
@@ -95,7 +100,7 @@ def table(comparison: Comparison) -> str:
         shown += [_accuracy(row.cells, task.name) for task in dense.tasks]
         if not row.cells:
             shown[0] = "failed"
-        lines.append([*(of(row.config) for of in labels.values()), *shown, _count(row)])
+        lines.append([*(of(row) for of in labels.values()), *shown, _count(row)])
     headings = [heading for heading, _, _ in _NUMBERS] + [f"{task.name} ({task.metric})" for task in dense.tasks]
     return markdown([*labels, *headings, "seeds"], lines, left=len(labels))
 
@@ -115,7 +120,7 @@ def _pivot(comparison: Comparison, quantity: str, form: str) -> str:
     patterns = list(dict.fromkeys(pattern_name(row.config) for row in comparison.rows))
     lines: list[tuple[list[str], dict[str, str]]] = []
     for row in comparison.rows:
-        key, pattern = [of(row.config) for of in labels.values()], pattern_name(row.config)
+        key, pattern = [of(row) for of in labels.values()], pattern_name(row.config)
         text = _text(row.spread(comparison.quantities[quantity]), form) if row.cells else "failed"
         # A label that says nothing here, such as an allocation under N:M, is at home in any line.
         at = next((i for i, (own, cells) in enumerate(lines) if pattern not in cells and _agree(own, key)), None)
@@ -160,7 +165,8 @@ def _common(rows: Sequence[Row]) -> list[str]:
     """Settings that are the same in all rows and no column tells."""
     told = {"selector", "refit", "sparsity", "pattern", "ignore", "keep_dense", "held_out", "row_weights", "reorder"}
     settings = [row.config.model_dump(exclude={*told, *_LABELS}) for row in rows]
-    resolved = {name: {of(row.config) for row in rows} - {""} for name, of in _LABELS.items() if name not in _ALWAYS}
+    told_elsewhere = (*_ALWAYS, "calibration")
+    resolved = {name: {of(row) for row in rows} - {""} for name, of in _LABELS.items() if name not in told_elsewhere}
     return [f"{name} {min(values)}" for name, values in resolved.items() if len(values) == 1] + [
         f"{name.replace('_', ' ')} {value}"
         for name, value in settings[0].items()
@@ -171,16 +177,14 @@ def _common(rows: Sequence[Row]) -> list[str]:
 def _failures(comparison: Comparison) -> list[str]:
     labels = _labels(comparison.rows).values()
     return [
-        f"Failed: {', '.join(of(row.config) for of in labels)}, seed {cell.seed}: {cell.failure}"
+        f"Failed: {', '.join(of(row) for of in labels)}, seed {cell.seed}: {cell.failure}"
         for row in comparison.rows
         for cell in row.failures
     ]
 
 
 def _labels(rows: Sequence[Row]) -> _Labels:
-    return {
-        name: of for name, of in _LABELS.items() if name in _ALWAYS or len({of(row.config) for row in rows} - {""}) > 1
-    }
+    return {name: of for name, of in _LABELS.items() if name in _ALWAYS or len({of(row) for row in rows} - {""}) > 1}
 
 
 def _count(row: Row) -> str:
@@ -229,7 +233,7 @@ def _plot_layers(rows: Sequence[Row], path: Path, label: str, quantity: Callable
 
 def _look(row: Row, labels: _Labels) -> tuple[str, str]:
     """What the colour stands for, and what the dashes do: all labels but the pattern."""
-    mask, *others = (of(row.config) for name, of in labels.items() if name != "pattern")
+    mask, *others = (of(row) for name, of in labels.items() if name != "pattern")
     return mask, ", ".join(others)
 
 

@@ -3,7 +3,8 @@
     python benchmarks/soak.py
 
 `in memory` calls `trimfit.prune` on a loaded model; the others go from files to files, with all of the model loaded or
-one block. Nothing may grow but by what the allocator scatters.
+one block, with Wanda and, the last, with all defaults: `joint`, dense target, allocation by error. Nothing may grow but
+by what the allocator scatters.
 """
 
 import argparse
@@ -51,15 +52,16 @@ def ways(folder: Path) -> dict[str, Callable[[], object]]:
         model.load_state_dict(weights)
         prune(model, windows, CONFIG)
 
-    def from_files(offload: bool) -> None:
+    def from_files(offload: bool, config: PruneConfig = CONFIG) -> None:
         source, out, limit = str(folder / "model"), folder / "out", 1000 if offload else None
         options = {"device": CPU, "overwrite": True, "offload": offload, "memory_limit": limit}
-        prune_checkpoint(source, out, CONFIG, calibration, **options)
+        prune_checkpoint(source, out, config, calibration, **options)
 
     return {
         "in memory": in_memory,
         "from files to files": lambda: from_files(False),
         "… `--offload`, hidden states in files": lambda: from_files(True),
+        "… with all defaults": lambda: from_files(True, PruneConfig()),
     }
 
 

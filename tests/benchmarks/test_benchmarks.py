@@ -55,8 +55,8 @@ def test_soak_prunes_in_every_way(capsys: pytest.CaptureFixture[str], monkeypatc
     soak.main()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
-    assert [row[1] for row in rows] == ["1", "2"] * 3
-    assert len({row[0] for row in rows}) == 3
+    assert [row[1] for row in rows] == ["1", "2"] * 4
+    assert len({row[0] for row in rows}) == 4
     for once, twice in zip(rows[::2], rows[1::2], strict=True):
         assert once[3:] == twice[3:] and 0 < float(once[2]) < 10**5
 

@@ -131,19 +131,14 @@ def pattern_name(config: PruneConfig) -> str:
 
 def make_rows(configs: Sequence[PruneConfig], sources: Sequence[str], cells: Sequence[Cell]) -> tuple[Row, ...]:
     """The cells by config and source of calibration."""
-    return tuple(
-        Row(
-            config,
-            source,
-            tuple(cell for cell in cells if _is_of(cell, config, source) and cell.failure is None),
-            tuple(cell for cell in cells if _is_of(cell, config, source) and cell.failure is not None),
-        )
+    of = {
+        (config, source): [cell for cell in cells if (cell.config, cell.calibration) == (config, source)]
         for config, source in itertools.product(configs, sources)
+    }
+    return tuple(
+        Row(*which, tuple(c for c in own if c.failure is None), tuple(c for c in own if c.failure is not None))
+        for which, own in of.items()
     )
-
-
-def _is_of(cell: Cell, config: PruneConfig, source: str) -> bool:
-    return cell.calibration == source and cell.config == config
 
 
 def _numbers(score: Score | None) -> dict[str, float | None]:

@@ -123,9 +123,9 @@ class Bench:
         """How well `model` (by default the bench's own, as it is now) predicts the text."""
         return score_text(model or self.model, self.tokenizer, self.texts, length=self.length)
 
-    def accuracy(self, task: str | None) -> TaskScore | None:
-        """Of the model as it is now; None where no task is asked for."""
-        return None if task is None else evaluate_tasks(self.model, self.tokenizer, [task])[0]
+    def accuracy(self, task: str | None, model: PreTrainedModel | None = None) -> TaskScore | None:
+        """Of `model` (by default the bench's own, as it is now); None where no task is asked for."""
+        return None if task is None else evaluate_tasks(model or self.model, self.tokenizer, [task])[0]
 
     @torch.inference_mode()
     def divergence(self) -> float:

@@ -12,7 +12,8 @@ number of weights to prune down in each row (Wanda), or down and then up by one 
 trimfit prunes exactly s of the layer. The rows "its counts" prune as many as it does.
 
 GPTQ is on the asymmetric grid that trimfit fits to each layer. Left alone it takes scales from the range of a group and
-orders columns by activation ("static"). Ours is that of quantize_table.py. Prints Markdown tables.
+orders columns by activation ("static"). Ours is that of quantize_table.py. Prints Markdown tables; with --task that for
+pruning tells the accuracy on a task of `trimfit eval` too.
 """
 
 import copy
@@ -20,6 +21,7 @@ import json
 import os
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from importlib.metadata import version
 from typing import Any
@@ -28,7 +30,7 @@ from unittest import mock
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
-from common import PATTERNS, Bench, machine, mean_std, parser
+from common import PATTERNS, Bench, add_task, machine, mean_std, parser, with_error
 from quantize_table import gptq
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -155,18 +157,28 @@ def divides(bench: Bench, sparsity: float) -> bool:
     return all((Fraction(str(sparsity)) * width).denominator == 1 for width in widths)
 
 
-def measure(bench: Bench, compress: Compress, windows: Tensor) -> tuple[Score, list[Tensor]]:
-    """The score of the compressed model, and where each layer's weights are not zero.
+@dataclass(frozen=True)
+class Measured:
+    """The score of a compressed model, its accuracy where asked for, and where each layer's weights are not zero."""
 
-    On a copy: llm-compressor leaves more behind in a model than other weights.
-    """
+    score: Score
+    accuracy: float | None
+    masks: list[Tensor]
+
+
+def measure(bench: Bench, compress: Compress, windows: Tensor, task: str | None = None) -> Measured:
+    """On a copy: llm-compressor leaves more behind in a model than other weights."""
     model = copy.deepcopy(bench.model)
     compress(model, windows)
     layers = [layer for block in find_blocks(model) for layer in block.layers]
-    return bench.score(model), [layer.weight != 0 for layer in layers]
+    accuracy = bench.accuracy(task, model)
+    masks = [layer.weight != 0 for layer in layers]
+    return Measured(bench.score(model), None if accuracy is None else accuracy.value, masks)
 
 
-def prune_cells(bench: Bench, windows: Sequence[Tensor], patterns: Sequence[str]) -> list[dict[str, Any]]:
+def prune_cells(
+    bench: Bench, windows: Sequence[Tensor], patterns: Sequence[str], task: str | None
+) -> list[dict[str, Any]]:
     cells: list[dict[str, Any]] = []
     for label in patterns:
         pattern = PATTERNS[label]
@@ -177,13 +189,14 @@ def prune_cells(bench: Bench, windows: Sequence[Tensor], patterns: Sequence[str]
             if selector == "wanda" and not divides(bench, pattern.get("sparsity", 0)):
                 ours["wanda, its counts"] = wanda_with_their_counts(pattern["sparsity"])
             for seed, tokens in enumerate(windows):
-                theirs, their_masks = measure(bench, their_pruner(selector, pattern), tokens)
+                theirs = measure(bench, their_pruner(selector, pattern), tokens, task)
                 for name, compress in ours.items():
-                    score, masks = measure(bench, compress, tokens)
-                    cell = {"method": name, "pattern": label, "seed": seed}
-                    cell |= {"theirs": theirs.perplexity, "ours": score.perplexity}
-                    cell |= {"their_zeros": zeros(their_masks), "zeros": zeros(masks)}
-                    cell |= {"same": agreement(masks, their_masks)}
+                    found = measure(bench, compress, tokens, task)
+                    cell: dict[str, Any] = {"method": name, "pattern": label, "seed": seed}
+                    cell |= {"theirs": theirs.score.perplexity, "ours": found.score.perplexity}
+                    cell |= {"their_accuracy": theirs.accuracy, "accuracy": found.accuracy}
+                    cell |= {"their_zeros": zeros(theirs.masks), "zeros": zeros(found.masks)}
+                    cell |= {"same": agreement(found.masks, theirs.masks)}
                     cells.append(cell)
                     print(json.dumps(cell), flush=True)
     return cells
@@ -210,7 +223,7 @@ def gptq_cells(bench: Bench, windows: Sequence[Tensor], bits: Sequence[int], gro
         }
         for name, compress in methods.items():
             for seed, tokens in enumerate(windows):
-                score, _ = measure(bench, compress, tokens)
+                score = measure(bench, compress, tokens).score
                 cell = {"method": name, "bits": width, "seed": seed, "excess": score.nats - bench.dense.nats}
                 cells.append(cell)
                 print(json.dumps(cell), flush=True)
@@ -218,8 +231,8 @@ def gptq_cells(bench: Bench, windows: Sequence[Tensor], bits: Sequence[int], gro
 
 
 def prune_table(cells: list[dict[str, Any]]) -> str:
-    heads = "method | pattern | llm-compressor | trimfit | difference | zeros, theirs / ours | same mask"
-    lines = [f"| {heads} |", "|---|---|---|---|---|---|---|"]
+    heads = "method | pattern | llm-compressor | trimfit | difference | zeros, theirs / ours | same mask | accuracy"
+    lines = [f"| {heads} |", "|---|---|---|---|---|---|---|---|"]
     for key in dict.fromkeys((cell["method"], cell["pattern"]) for cell in cells):
         found = [cell for cell in cells if (cell["method"], cell["pattern"]) == key]
         differences = [100 * (cell["ours"] / cell["theirs"] - 1) for cell in found]
@@ -227,9 +240,14 @@ def prune_table(cells: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {key[0]} | {key[1]} | {mean_std([cell['theirs'] for cell in found], '.3f')} | "
             f"{mean_std([cell['ours'] for cell in found], '.3f')} | {mean_std(differences, '+.2f')} % | "
-            f"{shares[0]:.2f} / {shares[1]:.2f} % | {shares[2]:.2f} % |"
+            f"{shares[0]:.2f} / {shares[1]:.2f} % | {shares[2]:.2f} % | "
+            f"{accuracies(found, 'their_accuracy')} / {accuracies(found, 'accuracy')} |"
         )
     return "\n".join(lines)
+
+
+def accuracies(cells: list[dict[str, Any]], key: str) -> str:
+    return mean_std([cell[key] for cell in cells if cell[key] is not None], ".3f")
 
 
 def gptq_table(cells: list[dict[str, Any]]) -> str:
@@ -246,10 +264,12 @@ def main() -> None:
     options.add_argument("--patterns", nargs="*", choices=PATTERNS, default=["50%", "60%", "2:4"])
     options.add_argument("--bits", type=int, nargs="*", default=[3, 4])
     options.add_argument("--group", type=int, default=64)
+    add_task(options)
     arguments = options.parse_args()
     bench = Bench(arguments, float32=True)
     windows = [bench.windows(arguments.calibration, seed) for seed in range(arguments.seeds)]
-    pruned = prune_cells(bench, windows, arguments.patterns)
+    dense = bench.accuracy(arguments.task)
+    pruned = prune_cells(bench, windows, arguments.patterns, arguments.task)
     quantized = gptq_cells(bench, windows, arguments.bits, arguments.group)
 
     print(f"\n{machine()}, llmcompressor {version('llmcompressor')}\n")
@@ -259,6 +279,8 @@ def main() -> None:
         f"{bench.dense.perplexity:.3f}; {arguments.seeds} seeds, mean ± std.\n"
     )
     print(prune_table(pruned))
+    if dense is not None:
+        print(f"\nAccuracy, theirs / ours, on {arguments.task}: dense {with_error(dense)}.")
     if quantized:
         print(f"\nGPTQ, asymmetric, groups of {arguments.group}: excess nats per token over dense:\n")
         print(gptq_table(quantized))

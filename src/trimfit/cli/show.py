@@ -123,6 +123,7 @@ def prune(report: PruneReport, calibration: str, out: Path, *, as_json: bool) ->
             + (f"; {unfinished} layers did not reach the tolerance" if unfinished else "")
         )
     _simpler(console, report)
+    _lost(console, report)
     _weighed(console, report)
     _few_tokens(console, report.layers)
     _close_fit(console, report)
@@ -186,6 +187,18 @@ def _simpler(console: Console, report: PruneReport) -> None:
             f"{len(simpler)} layers keep simpler weights, which on held-out windows are nearer to the target than "
             f"{'the refit' if config.refit == 'optimal' else 'the update'}: {', '.join(simpler[:3])}"
             + (", …" if len(simpler) > 3 else "")
+        )
+
+
+def _lost(console: Console, report: PruneReport) -> None:
+    """Which layers have errors above those of zeros."""
+    lost = [record for record in report.layers if record.final.calibration > 1]
+    if lost:
+        worst = max(lost, key=lambda record: record.final.calibration)
+        console.print(
+            f"{len(lost)} layers have errors larger than their outputs, most of all {worst.name} "
+            f"({worst.final.calibration:.3g}): at this sparsity little is left of the model"
+            + ("; the target dense makes them larger still" if report.config.target == "dense" else "")
         )
 
 

@@ -70,8 +70,7 @@ def check_width(pattern: Pattern, width: int) -> None:
     if isinstance(pattern, NM) and width % pattern.m != 0:
         raise InputError(
             f"{width} inputs cannot be split into groups of {pattern.m} for the pattern {pattern.n}:{pattern.m}; "
-            f"keep this layer dense (keep-dense), leave it out (ignore), or choose an M that divides {width}, or an "
-            "unstructured sparsity"
+            f"choose an M that divides {width}, or an unstructured sparsity"
         )
 
 

@@ -164,6 +164,7 @@ LARGE = Outline(
         (80, None, 400, "memory but there are 80.0 GiB: give --offload"),
         (400, 20, 400, "of device memory but there are 20.0 GiB: give --offload"),
         (12, None, 400, "give --offload --memory-limit 1.5GiB"),
+        (11, None, 400, "give --offload --memory-limit 0.688GiB"),  # before anything that changes the result
         (8, None, 400, "no option would change that"),
         (400, None, 50, "of disk space but there are 50.0 GiB, and no option would change that: free space"),
     ],

@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 
 from trimfit.calibration import Drift, InputMoments
+from trimfit.pipelines.pruning.config import PruneConfig
 from trimfit.pipelines.pruning.goal import Goal
+from trimfit.pipelines.pruning.layer import _accepted
 from trimfit.refit import Cholesky, FactoredGram, refit
 
 TOKENS, INPUTS, OUTPUTS = 400, 12, 7
@@ -57,6 +59,31 @@ def test_excess_is_the_squared_distance_less_that_of_the_dense_weights(share: fl
 
     for weight in (d["weight"] * 0.7, torch.zeros_like(d["weight"])):
         assert goal.excess(weight) == pytest.approx((distance(weight) - distance(d["weight"])).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_error_is_the_squared_change_of_the_layers_own_outputs(share: float):
+    d = data()
+    weight = d["weight"] * 0.7
+    change = (d["x"] @ (weight - d["weight"]).T).square().sum() / TOKENS
+    assert Goal(d["weight"], moments(d), share).error(weight) == pytest.approx(change.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize(("further", "taken"), [(1e-4, "optimal"), (0.5, "own")])
+def test_simpler_weights_are_taken_when_nearer_by_a_part_of_the_error_though_the_excess_is_near_zero(
+    further: float, taken: str
+):
+    """Along a line from the dense weights the excess is t²a + 2tb: as good as they are again at t = −2b/a."""
+    d = data()
+    seen = moments(d)
+    goal, direction = Goal(d["weight"], seen, 0.5), torch.randn_like(d["weight"])
+    square = goal.error(d["weight"] + direction)
+    back = -(goal.excess(d["weight"] + direction) - square) / square
+    optimal, own = (d["weight"] + step * direction for step in (back, back * (1 - further)))
+    assert abs(goal.excess(optimal)) < 1e-9 * goal.error(optimal)
+    assert goal.excess(own) < goal.excess(optimal)
+    config = PruneConfig(dense_share=0.5)
+    assert _accepted({"optimal": optimal, "own": own}, d["weight"], seen, config, None) == taken
 
 
 @pytest.mark.parametrize("heads", [1, OUTPUTS])

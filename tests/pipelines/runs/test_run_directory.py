@@ -19,6 +19,7 @@ from trimfit.checkpoints.shards import read_spans
 from trimfit.pipelines import resume
 from trimfit.pipelines.pruning import prune as pruning_module
 from trimfit.pipelines.pruning.records import LayerRecord
+from trimfit.pipelines.runs import directory as runs_directory
 from trimfit.pipelines.runs.directory import RunDirectory
 from trimfit.pipelines.runs.journal import Journal
 
@@ -58,7 +59,7 @@ def source(tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast) -> Path:
 def start(source: Path, name: str = "out", after: int = NEVER, **options: Any) -> PruneReport:
     calibration = CalibrationConfig(source=str(source.parent / "tokens.npy"), samples=12, sequence_length=LENGTH)
     config = options.pop("config", CONFIG)
-    observer = _Killer(after)
+    observer = options.pop("observer", None) or _Killer(after)
     return prune_checkpoint(
         str(source), source.parent / name, config, calibration, device=CPU, observer=observer, **options
     )
@@ -201,6 +202,49 @@ def test_killed_when_the_new_output_had_taken_the_place_of_the_old(source: Path)
     (run / "run.json").write_text(json.dumps({**asked, "run": finished["run"]}))
     assert resume(source.parent / "out").report == report
     assert_as_if_nothing_had_happened(source)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_between_the_new_output_and_the_end(
+    source: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    """The same command finds everything done, and does nothing again; another one is not taken for it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(runs_directory, "_remove", lambda path: None)
+        report, run = start(source, overwrite=overwrite), source.parent / "out.run"
+    assert run.exists()
+    killer = _Killer()
+    assert start(source, overwrite=overwrite, observer=killer) == report
+    assert killer.seen == 0
+    assert_as_if_nothing_had_happened(source)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs_directory, "_remove", lambda path: None)
+        start(source, overwrite=True)
+    other = PruneConfig(selector="magnitude", held_out=0.25)
+    with pytest.raises(InputError, match="exists already"):
+        start(source, config=other)
+    assert start(source, config=other, overwrite=True).config == other
+
+
+def test_computes_with_as_many_threads_as_it_began_with(source: Path) -> None:
+    class Threads(_Killer):
+        seen_with: set[int]
+
+        def layer(self, record: LayerRecord, done: float) -> None:
+            self.seen_with = {torch.get_num_threads()}
+            super().layer(record, done)
+
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(_Killed):
+            start(source, after=LAYERS - 3)
+    finally:
+        torch.set_num_threads(1)
+    watching = Threads()
+    start(source, observer=watching)
+    assert watching.seen_with == {2}
+    assert torch.get_num_threads() == 1
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])

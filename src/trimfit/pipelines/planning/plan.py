@@ -254,20 +254,28 @@ def _lack(model: Outline, job: AnyJob, limit: int | None, room: Capacity) -> str
 
 def _remedies(model: Outline, job: AnyJob, limit: int | None, room: Capacity) -> dict[str, tuple[AnyJob, int | None]]:
     """By what to say: jobs that do the same with less, the least loss first."""
-    offloaded, least = replace(job, offload=True), max(_LEAST_LIMIT, room.host // 8)
-    size = f"--memory-limit {least / 2**30:.3g}GiB"
-    spills = job.windows > 0 and (limit is None or limit > least)
+    offloaded, small = replace(job, offload=True), job.one_by_one()
     alone: dict[str, tuple[AnyJob, int | None]] = {} if job.offload else {"give --offload": (offloaded, limit)}
-    found = alone | ({f"give {size}": (job, least), f"give --offload {size}": (offloaded, least)} if spills else {})
+    found = alone | {"give --batch-size 1": (small, limit)}
+    limits = [least for least in _limits(room.host) if job.windows > 0 and (limit is None or limit > least)]
+    for least in limits:
+        size = f"--memory-limit {least / 2**30:.3g}GiB"
+        found |= {f"give {size}": (job, least), f"give --offload {size}": (offloaded, least)}
+        found |= {f"give --offload --batch-size 1 {size}": (replace(small, offload=True), least)}
     if isinstance(job, Job) and job.config.split == "error":
         found["give --allocation uniform"] = (job.evenly(), limit)
-    small = job.one_by_one()
-    found |= {"give --batch-size 1": (small, limit)}
     for count in _halves(job.windows):
         for fewer, options in ((job, ""), (offloaded, "" if job.offload else " --offload")):
             found[f"give --samples {count}{options}"] = (fewer.with_windows(count), limit)
-    found |= {f"give --offload --batch-size 1 {size}": (replace(small, offload=True), least)}
     return {option: other for option, other in found.items() if job.may_offload or not other[0].offload}
+
+
+def _limits(host: int) -> Iterator[int]:
+    """Of hidden states in memory: a part of what the machine has, and ever less of it."""
+    size = max(_LEAST_LIMIT, host // 8)
+    while size >= _LEAST_LIMIT:
+        yield size
+        size //= 2
 
 
 def _halves(count: int) -> Iterator[int]:

@@ -17,7 +17,7 @@ from trimfit.pipelines.pruning.prune import PruneRun
 from trimfit.pipelines.pruning.records import PruneReport
 from trimfit.pipelines.pruning.shared import SharedLedger
 from trimfit.pipelines.runs.directory import RunDirectory, run_path
-from trimfit.pipelines.runs.start import check_same_model, enter_run, identity, there
+from trimfit.pipelines.runs.start import check_same_model, enter_run, identity, take_finished, there, threads_of
 from trimfit.pipelines.windows import draw_windows
 from trimfit.ranks import ALONE, Ranks
 
@@ -59,6 +59,9 @@ def prune_checkpoint(
         "offload": offload,
         "memory_limit": memory_limit,
     }
+    finished = ranks.first(lambda: take_finished(out, request))
+    if finished is not None:
+        return PruneReport.model_validate({name: finished[name] for name in PruneReport.model_fields})
     with ExitStack() as stack:
         run = ranks.first_only(lambda: enter_run(stack, source, out, overwrite, request))
         observer.stage(f"loading {source}")
@@ -75,13 +78,17 @@ def prune_checkpoint(
         checkpoint, model = opened.checkpoint, opened.checkpoint.model
         check_same_model(source, model_fingerprint, ranks)
 
-        def begin(run: RunDirectory) -> tuple[Tensor, SelfSample | None]:
+        def begin(run: RunDirectory) -> None:
             check_run_space(out, opened.disk(blocks), run)
             parts = {"config": config.model_dump(), "calibration": calibration.model_dump()}
             run.open(identity("prune", model_fingerprint, **parts))
-            return run.windows(lambda: draw_windows(checkpoint, calibration, config.batch_size, observer))
 
-        windows, sample = ranks.first(lambda: begin(there(run)))
+        def draw() -> tuple[Tensor, SelfSample | None]:
+            return draw_windows(checkpoint, calibration, config.batch_size, observer)
+
+        ranks.first(lambda: begin(there(run)))
+        stack.enter_context(threads_of(run, ranks))
+        windows, sample = ranks.first(lambda: there(run).windows(draw))
         ledger = SharedLedger(opened.ledger(run) if run else None, ranks)
         folder = run_path(out)  # which processes on other machines may not see
         placement = opened.placement(memory_limit, folder if folder.is_dir() else None)

@@ -96,6 +96,8 @@ class PruneConfig(BaseModel):
                 raise ValueError("scope belongs to an unstructured sparsity, not to an N:M pattern")
         elif self.reorder:
             raise ValueError("to reorder inputs belongs to an N:M pattern, not to an unstructured sparsity")
+        if self.target == "layer" and self.dense_share != type(self).model_fields["dense_share"].default:
+            raise ValueError("dense_share belongs to the target 'dense', not to 'layer'")
         if self.damping == "auto" and self.held_out == 0:
             raise ValueError("damping 'auto' is chosen on held-out windows: give held_out a share above 0")
         if self.refit == "own" and not SELECTORS[self.selector].updates_weights:

@@ -51,16 +51,32 @@ class Goal:
             return self._weight
         return self._weight - gram.solve(self.shift).to(self._weight.dtype)
 
-    def excess(self, weight: Tensor, metric: Tensor | None = None) -> float:
-        """‖X Ŵᵀ − Y‖² / T of `weight` Ŵ (out, in), less that of the dense weights: negative where Ŵ is nearer.
+    def error(self, weight: Tensor, metric: Tensor | None = None) -> float:
+        """‖X (Ŵ − W)ᵀ‖² / T of `weight` Ŵ (out, in): what it changes in the layer's own outputs, whatever the goal.
 
         With a `metric` C (heads, d, d) that is the mean of eᵀ C e over the errors e of all heads and tokens.
         """
-        change = weight.to(self._gram.dtype) - self._weight.to(self._gram.dtype)
-        counted = change
-        if metric is not None:
-            counted = (metric.to(change.dtype) @ change.view(*metric.shape[:2], -1)).flatten(0, 1)
-        square = ((change @ self._gram) * counted).sum(1).cpu().double().sum().item()
+        change = self._change(weight)
+        square = (change @ self._gram) * _counted(change, metric)
+        return square.sum(1).cpu().double().sum().item()
+
+    def excess(self, weight: Tensor, metric: Tensor | None = None) -> float:
+        """‖X Ŵᵀ − Y‖² / T of `weight` Ŵ (out, in), less that of the dense weights: negative where Ŵ is nearer.
+
+        With a `metric` as for `error`.
+        """
+        square = self.error(weight, metric)
         if self.shift is None:
             return square
+        counted = _counted(self._change(weight), metric)
         return square + 2 * (counted.to(self.shift.dtype) * self.shift).sum().item()
+
+    def _change(self, weight: Tensor) -> Tensor:
+        return weight.to(self._gram.dtype) - self._weight.to(self._gram.dtype)
+
+
+def _counted(change: Tensor, metric: Tensor | None) -> Tensor:
+    """(out, in) changes of rows, each multiplied by what the errors of its head count."""
+    if metric is None:
+        return change
+    return (metric.to(change.dtype) @ change.view(*metric.shape[:2], -1)).flatten(0, 1)

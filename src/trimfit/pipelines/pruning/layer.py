@@ -20,7 +20,7 @@ from trimfit.ranks import ALONE, Ranks
 from trimfit.refit import FactoredGram, RefitSolution
 from trimfit.timing import stage
 
-_CLEARLY = 0.01  # nearer by this share: a selector's own weights may be the optimum too, but for rounding
+_CLEARLY = 0.01  # of the layer's error: a selector's own weights may be the optimum too, but for rounding
 
 
 @dataclass(frozen=True)
@@ -143,4 +143,4 @@ def _accepted(
     goal = Goal(dense, held_out, config.share)
     excess: dict[Accepted, float] = {name: goal.excess(weight, metric) for name, weight in candidates.items()}
     best = min(excess, key=lambda name: excess[name])
-    return best if excess[first] - excess[best] > _CLEARLY * abs(excess[first]) else first
+    return best if excess[first] - excess[best] > _CLEARLY * goal.error(candidates[first], metric) else first

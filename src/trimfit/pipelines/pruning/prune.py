@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimfit.calibration import CURVATURE_TOKENS, InputMoments, split_held_out
+from trimfit.heap import trim_heap
 from trimfit.masks import NM, Pattern, Unstructured
 from trimfit.mode import autograd_possible
-from trimfit.heap import trim_heap
 from trimfit.models import (
     IN_MEMORY,
     Block,

@@ -19,7 +19,7 @@ from trimfit.pipelines.quantizing.records import QuantizeReport
 from trimfit.pipelines.quantizing.save import Format, QuantizeRecord, Result, check_offload
 from trimfit.pipelines.quantizing.weight_moments import WeightMoments
 from trimfit.pipelines.runs.directory import RunDirectory, run_path
-from trimfit.pipelines.runs.start import check_same_model, enter_run, identity, there
+from trimfit.pipelines.runs.start import check_same_model, enter_run, identity, take_finished, there, threads_of
 from trimfit.pipelines.windows import draw_windows
 from trimfit.ranks import ALONE, Ranks
 
@@ -66,6 +66,9 @@ def quantize_checkpoint(
         "offload": offload,
         "memory_limit": memory_limit,
     }
+    finished = ranks.first(lambda: take_finished(out, request))
+    if finished is not None:
+        return QuantizeReport.model_validate({name: finished[name] for name in QuantizeReport.model_fields})
     with ExitStack() as stack:
         run = ranks.first_only(lambda: enter_run(stack, source, out, overwrite, request))
         observer.stage(f"loading {source}")
@@ -82,15 +85,19 @@ def quantize_checkpoint(
         checkpoint, model = opened.checkpoint, opened.checkpoint.model
         check_same_model(source, model_fingerprint, ranks)
 
-        def begin(run: RunDirectory) -> tuple[Tensor | None, SelfSample | None]:
+        def begin(run: RunDirectory) -> None:
             check_run_space(out, result.disk(data=calibration is not None), run)
             run.open(_identity(model_fingerprint, config, calibration, format))
+
+        def windows_of(run: RunDirectory) -> tuple[Tensor | None, SelfSample | None]:
             text = calibration
             if text is None:
                 return None, None
             return run.windows(lambda: draw_windows(checkpoint, text, config.batch_size, observer))
 
-        windows, sample = ranks.first(lambda: begin(there(run)))
+        ranks.first(lambda: begin(there(run)))
+        stack.enter_context(threads_of(run, ranks))
+        windows, sample = ranks.first(lambda: windows_of(there(run)))
         kept = result.kept(run) if run else None
         folder = run_path(out)  # which processes on other machines may not see
         report = QuantizeRun(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,7 +32,7 @@ _JOURNAL = "journal.jsonl"
 _WINDOWS = "windows.safetensors"
 _RESULT = "result"
 _WHOLE = "whole"
-_MARKS = {REQUEST, _JOURNAL, Path(_JOURNAL).with_suffix(".lock").name}
+_MARKS = (_JOURNAL, Path(_JOURNAL).with_suffix(".lock").name, REQUEST)  # removed in this order
 _LEFT_OVER = ("states-*", "*.tmp", ".tmp??????")  # by a run that was killed; the last is safetensors' own, then renamed
 _OLD = tuple(old_beside(Path(name)).name for name in (_RESULT, _WHOLE))  # outputs, while they are replaced
 _OURS = (*_MARKS, *_LEFT_OVER, *_OLD, _WINDOWS, _RESULT, _WHOLE, "part-*.safetensors")
@@ -73,7 +74,7 @@ class RunDirectory:
 
     `parts` are what is finished, by their keys, in the order in which they were kept; `notes` what was noted, by name;
     `in_result` the checksums of tensors in files of the result; `seconds` those that earlier runs have spent on the
-    parts. What is in them is for those who keep it to know.
+    parts; `threads` the number that the run began with. What is in them is for those who keep it to know.
 
     The directory is removed when the context ends well, and when nothing is finished that another run could use.
     Otherwise the error gets a note that says where what is finished lies. Raises `InputError` for a directory of
@@ -84,6 +85,7 @@ class RunDirectory:
         self.path = run_path(out)
         self.id = uuid.uuid4().hex
         self.seconds = 0.0
+        self.threads = torch.get_num_threads()
         self.parts: dict[tuple[str, ...], Part] = {}
         self.notes: dict[str, Any] = {}
         self.in_result: dict[str, dict[str, str]] = {}
@@ -144,7 +146,7 @@ class RunDirectory:
                 file.unlink()
         records = self._journal.open(identity)
         if not records:
-            self._journal.append({"run": self.id})
+            self._journal.append({"run": self.id, "threads": self.threads})
         moved = {tuple(key): record for record in records if "moved" in record for key in record["moved"]}
         for number, record in enumerate(records):
             try:
@@ -228,7 +230,7 @@ class RunDirectory:
         elif "file" in record and not _is_whole(self.path / record["file"], record["sha256"]):
             return False
         if "run" in record:
-            self.id = record["run"]
+            self.id, self.threads = record["run"], record["threads"]
         elif "tokens" in record:
             self._windows = record
         elif "note" in record:

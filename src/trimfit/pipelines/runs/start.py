@@ -1,15 +1,38 @@
 """What every run does before it works: its output is checked, its directory entered, its identity told."""
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+import json
+import logging
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from trimfit.checkpoints import check_output
+import torch
+
+from trimfit.checkpoints import SIDECAR, check_output
 from trimfit.errors import InputError
 from trimfit.pipelines.environment import versions
-from trimfit.pipelines.runs.directory import RunDirectory, check_run_path
+from trimfit.pipelines.runs.directory import REQUEST, RunDirectory, check_run_path, run_path
 from trimfit.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+
+def take_finished(out: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record in `out`, when a run that was asked for the same wrote it and was killed before it had cleaned up.
+
+    The directory of such a run is removed, whatever it was asked for.
+    """
+    try:
+        asked = json.loads((run_path(out) / REQUEST).read_text(encoding="utf-8"))
+        record = json.loads((out / SIDECAR).read_text(encoding="utf-8"))
+        if record["run"] != asked["run"]:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    with RunDirectory(out, {}):  # which removes it, under its lock
+        pass
+    return record if json.loads(json.dumps(request)).items() <= asked.items() else None
 
 
 def enter_run(stack: ExitStack, source: str, out: Path, overwrite: bool, request: Mapping[str, Any]) -> RunDirectory:
@@ -19,6 +42,19 @@ def enter_run(stack: ExitStack, source: str, out: Path, overwrite: bool, request
     run = stack.enter_context(RunDirectory(out, {**request, "local": local}))
     check_target(source, out, overwrite)  # an old output that a killed run had moved is back
     return run
+
+
+@contextmanager
+def threads_of(run: RunDirectory | None, ranks: Ranks) -> Generator[None]:
+    """With as many threads as the run began with: others sum in another order, and masks would come out otherwise."""
+    before, began = torch.get_num_threads(), ranks.first(lambda: there(run).threads)
+    if began != before:
+        log.warning("computing with %d threads, as the run began with, in place of %d", began, before)
+    torch.set_num_threads(began)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_target(source: str, out: Path, overwrite: bool) -> None:

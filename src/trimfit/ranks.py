@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trimfit.errors import InputError, RunError, ToldElsewhere, TrimfitError, first_line
+from trimfit.watch import ANOTHER_ENDED, Watch
 
 _T = TypeVar("_T")
-_SILENCE = timedelta(days=2)  # between two exchanges; a process that ends is noticed at once
+_SILENCE = timedelta(days=30)  # no limit: a process that ends is noticed by its connections
 
 
 class Ranks:
@@ -150,9 +151,14 @@ def joined(device: torch.device) -> Generator[Ranks]:
             f"RANK and WORLD_SIZE say that this is one of several processes, but {first_line(error)}; start them with "
             "torchrun, or unset both"
         ) from error
+    ranks, well = Ranks(dist.get_rank(), dist.get_world_size()), False
+    with _noticing():
+        watch = Watch(ranks.rank, ranks.count, _SILENCE)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield ranks
+        well = True
     finally:
+        watch.end(well=well)
         dist.destroy_process_group()
 
 
@@ -176,7 +182,4 @@ def _noticing() -> Generator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # gloo and NCCL say it in many ways
-        raise RunError(
-            "another process of this run has ended or cannot be reached, so it cannot go on; start it again to go on "
-            "from what is finished (--debug shows what the network said)"
-        ) from error
+        raise RunError(ANOTHER_ENDED) from error

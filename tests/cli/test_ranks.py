@@ -1,6 +1,8 @@
 """Several processes share a run: the result is that of one, and one that dies ends them all, resumably."""
 
 import json
+import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -134,6 +136,40 @@ def test_one_that_dies_ends_all_and_others_go_on(
     assert [one.status for one in run(3, "resume", out)] == [0, 0, 0]
     assert nothing_but(tmp_path, ["out"])
     assert_the_same(out, alone)
+
+
+WAITING = """
+import os, signal, time, torch
+from trimfit import watch
+from trimfit.ranks import joined
+
+watch.GRACE = 1.0
+with joined(torch.device("cpu")) as ranks:
+    ranks.sum(torch.ones(1))
+    if ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(100)  # as if for a device, of which nothing comes back
+"""
+
+
+def test_one_that_waits_for_its_device_is_ended_too() -> None:
+    """What NCCL does not raise; three of them, each of which watches one other."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "3"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WAITING],
+            env=environment() | where | {"RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    said = [process.communicate(timeout=90)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, -signal.SIGKILL, 1]
+    for rank in (0, 2):
+        assert said[rank].splitlines()[-1].startswith("error: another process of this run has ended")
 
 
 def test_wrong_input_is_said_once(model: Path, text: Path, tmp_path: Path) -> None:

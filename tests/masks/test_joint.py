@@ -106,7 +106,7 @@ def test_fit_leaves_rows_alone_that_nothing_can_improve():
 
 @every_pattern
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_layer_error_never_rises_from_stage_to_stage(pattern: Pattern, dtype: torch.dtype):
+def test_damped_error_never_rises_from_stage_to_stage(pattern: Pattern, dtype: torch.dtype):
     for seed in range(3):
         weight, gram = correlated_layer(16, 32, seed)
         passed = list(stages(weight.to(dtype), gram, pattern))
@@ -118,7 +118,7 @@ def test_layer_error_never_rises_from_stage_to_stage(pattern: Pattern, dtype: to
             assert not stage.weight[~stage.mask].any()
 
 
-def test_layer_error_does_not_rise_where_nothing_can_be_gained(make_layer: MakeLayer):
+def test_damped_error_does_not_rise_where_nothing_can_be_gained(make_layer: MakeLayer):
     weight, gram = make_layer(6, 12)
     diagonal = FactoredGram(gram.raw.diagonal().diag(), 0.01)
     errors = [

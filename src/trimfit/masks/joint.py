@@ -70,7 +70,7 @@ def select(weight: Tensor, gram: FactoredGram, pattern: Pattern) -> Selection:
 
 
 def stages(weight: Tensor, gram: FactoredGram, pattern: Pattern) -> Iterator[Stage]:
-    """What `select` goes through, in order; the layer error of a stage is never above that of the stage before.
+    """What `select` goes through, in order; the damped error of a stage is never above that of the stage before.
 
     `weight` is (m, n) float32 or float64, zero for dead inputs.
     """

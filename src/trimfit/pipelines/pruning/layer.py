@@ -39,27 +39,79 @@ class Inputs:
     few_tokens: bool = False
 
 
+@dataclass(frozen=True)
+class _Tried:
+    """What a layer may become.
+
+    - `candidates`: weights (out, in), those asked for first and simpler ones behind them; `mask` (out, in) is of all.
+    - `solution`: of the refit, which gave the candidate "optimal"; None where there was none.
+    - `done`: whether there is nothing to do, as no weight goes and the goal is what the dense layer gives.
+    """
+
+    mask: Tensor
+    candidates: dict[Accepted, Tensor]
+    solution: RefitSolution | None
+    done: bool
+
+
 def prune_layer(
     layer: Layer, block: int, inputs: Inputs, config: PruneConfig, pattern: Pattern, ranks: Ranks = ALONE
 ) -> LayerRecord:
     """Prunes one layer in place; all of `ranks` prune it alike."""
     start = time.perf_counter()
     dense = layer.weight.float().clone(memory_format=torch.contiguous_format)  # GPT-2 keeps it transposed
-    goal = Goal(dense, inputs.calibration, config.share)
+    metric = inputs.metrics.get(layer.name)
     with naming(layer):
-        metric = inputs.metrics.get(layer.name)
-        with stage("mask"):
-            unpruned = goal.unpruned(inputs.factored)
-            selection = _same(_select(unpruned, inputs.factored, config.selector, pattern, metric), ranks)
-        masked = torch.where(selection.mask, dense, 0.0)
-        candidates: dict[Accepted, Tensor] = {"none": masked}
-        solution: RefitSolution | None = None
-        whole = bool(selection.mask.all())
-        done = config.share == 0 and whole  # the dense weights are the optimum
-        kind = "none" if done or not inputs.calibration.tokens else config.refit
-        if kind != "none" and selection.weight is not None:
+        tried = _try(dense, inputs, config, pattern, metric, ranks)
+    candidates, solution = tried.candidates, tried.solution
+    accepted: Accepted = ranks.first(lambda: _accepted(candidates, dense, inputs.held_out, config, metric))
+    if accepted != "optimal":
+        solution = None
+    weight = candidates[accepted]
+    layer.write(weight)
+    with stage("errors"):
+        meter = LayerErrorMeter(dense, inputs.calibration.gram, inputs.held_out.gram if inputs.held_out else None)
+        errors = {
+            name: meter.measure(w)
+            for name, w in (("masked", candidates["none"]), ("final", weight), ("stored", layer.weight))
+        }
+    return LayerRecord(
+        name=layer.name,
+        block=block,
+        shape=(dense.shape[0], dense.shape[1]),
+        sparsity=1 - int(tried.mask.sum()) / tried.mask.numel(),
+        **errors,
+        accepted=accepted,
+        rows="equal" if metric is None or tried.done else "attention",
+        certificate=solution.certificate.layer if solution else None,
+        worst_row=solution.certificate.relative.max().item() if solution else None,
+        status=solution.status.value if solution else None,
+        solver=type(solution.solver).__name__ if solution else None,
+        steps=solution.steps if solution else None,
+        tokens=inputs.calibration.tokens,
+        few_tokens=inputs.few_tokens,
+        damping=solution.damping if solution else inputs.factored.damping,
+        seconds=time.perf_counter() - start,
+        peak_memory=peak_memory(layer.weight.device),
+    )
+
+
+def _try(
+    dense: Tensor, inputs: Inputs, config: PruneConfig, pattern: Pattern, metric: Tensor | None, ranks: Ranks
+) -> _Tried:
+    """Chooses the mask of `dense` (out, in), and finds the weights that the config asks for."""
+    goal = Goal(dense, inputs.calibration, config.share)
+    with stage("mask"):
+        unpruned = goal.unpruned(inputs.factored)
+        selection = _same(_select(unpruned, inputs.factored, config.selector, pattern, metric), ranks)
+    whole = bool(selection.mask.all())
+    done = whole and config.share == 0  # the dense weights are the optimum
+    candidates: dict[Accepted, Tensor] = {"none": torch.where(selection.mask, dense, 0.0)}
+    solution: RefitSolution | None = None
+    if config.refit != "none" and not done and inputs.calibration.tokens:
+        if selection.weight is not None:
             candidates = {"own": selection.weight, **candidates}
-        if kind == "optimal":
+        if config.refit == "optimal":
             target = goal.linear_term(inputs.factored)
             with stage("refit"):
                 solution = shared_refit(
@@ -73,37 +125,9 @@ def prune_layer(
                     ranks=ranks,
                 )
             candidates = {"optimal": solution.weight, **candidates}
-        if whole:  # the optimum for a dead input is its dense weight, and none is to be lost
-            candidates = {name: torch.where(inputs.factored.dead, dense, w) for name, w in candidates.items()}
-    accepted: Accepted = ranks.first(lambda: _accepted(candidates, dense, inputs.held_out, config, metric))
-    if accepted != "optimal":
-        solution = None
-    weight = candidates[accepted]
-    layer.write(weight)
-    with stage("errors"):
-        meter = LayerErrorMeter(dense, inputs.calibration.gram, inputs.held_out.gram if inputs.held_out else None)
-        errors = {
-            name: meter.measure(w) for name, w in (("masked", masked), ("final", weight), ("stored", layer.weight))
-        }
-    return LayerRecord(
-        name=layer.name,
-        block=block,
-        shape=(dense.shape[0], dense.shape[1]),
-        sparsity=1 - int(selection.mask.sum()) / selection.mask.numel(),
-        **errors,
-        accepted=accepted,
-        rows="equal" if metric is None or done else "attention",
-        certificate=solution.certificate.layer if solution else None,
-        worst_row=solution.certificate.relative.max().item() if solution else None,
-        status=solution.status.value if solution else None,
-        solver=type(solution.solver).__name__ if solution else None,
-        steps=solution.steps if solution else None,
-        tokens=inputs.calibration.tokens,
-        few_tokens=inputs.few_tokens,
-        damping=solution.damping if solution else inputs.factored.damping,
-        seconds=time.perf_counter() - start,
-        peak_memory=peak_memory(layer.weight.device),
-    )
+    if whole:  # the optimum for a dead input is its dense weight, and none is to be lost
+        candidates = {name: torch.where(inputs.factored.dead, dense, w) for name, w in candidates.items()}
+    return _Tried(selection.mask, candidates, solution, done)
 
 
 def _select(weight: Tensor, gram: FactoredGram, selector: str, pattern: Pattern, metric: Tensor | None) -> Selection:

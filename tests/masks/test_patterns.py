@@ -145,7 +145,7 @@ def test_nan_scores_are_an_error(pattern: Unstructured | NM):
 
 def test_width_must_suit_the_groups():
     with pytest.raises(
-        InputError, match="10 inputs .* groups of 4 .* 2:4; choose an M that divides 10, or an unstructured sparsity"
+        InputError, match=r"10 inputs .* groups of 4 .* 2:4; choose an M that divides 10, or an unstructured sparsity"
     ):
         keep_best(random_scores(2, 10), NM(2, 4))
 

@@ -8,6 +8,7 @@ from typing import Self
 
 import torch
 
+from trimfit.heap import trim_heap
 from trimfit.models.states import StateStore
 from trimfit.models.structure import Block
 
@@ -42,6 +43,11 @@ class Placement:
         if self.loaded is resident:
             return self
         return replace(self, limit=size if self.limit is None else min(size, self.limit))
+
+    def release(self) -> None:
+        """Gives freed memory back to the system, at some cost of time, where blocks come one by one."""
+        if self.loaded is not resident:
+            trim_heap()
 
 
 IN_MEMORY = Placement()

@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimfit.calibration import CURVATURE_TOKENS, InputMoments, split_held_out
-from trimfit.heap import trim_heap
 from trimfit.masks import NM, Pattern, Unstructured
 from trimfit.mode import autograd_possible
 from trimfit.models import (
@@ -233,7 +232,7 @@ def _prune_groups(
             factored = _factorise(group, patterns, fit, held_out, config, walker.ranks)
             inputs = Inputs(factored, fit, held_out, metrics, few)
         for layer in group.layers:
-            trim_heap()  # before each layer: what the last one left in pieces adds up over a block
+            walker.placement.release()  # what the last layer left in pieces adds up over a block
             yield prune_layer(layer, block.index, inputs, config, patterns[layer.name], walker.ranks)
 
 

@@ -21,6 +21,7 @@ from trimfit.pipelines.quantizing.config import QuantizeConfig
 from trimfit.pipelines.quantizing.records import QuantizeReport
 from trimfit.pipelines.quantizing.save import Format
 from trimfit.pipelines.runs.directory import REQUEST, RunDirectory, run_path
+from trimfit.pipelines.runs.start import report_in
 from trimfit.ranks import ALONE, Ranks, local_device
 
 
@@ -153,7 +154,7 @@ def _look(out: Path) -> tuple[_Request | None, Resumed | None]:
             with RunDirectory(out, {}):  # which removes it, under its lock
                 pass
         kind = PruneReport if _is_of(finished, PruneReport) else QuantizeReport
-        report = kind.model_validate({name: finished[name] for name in kind.model_fields})
+        report = report_in(finished, kind)
         return None, Resumed(out, _calibration(finished["calibration"]), report, finished.get("file_format", "dense"))
     if request is None and run_path(out).is_dir():
         raise InputError(f"{run_path(out)} does not tell what to do; give the command of the run again, which goes on")

@@ -17,7 +17,15 @@ from trimfit.pipelines.pruning.prune import PruneRun
 from trimfit.pipelines.pruning.records import PruneReport
 from trimfit.pipelines.pruning.shared import SharedLedger
 from trimfit.pipelines.runs.directory import RunDirectory, run_path
-from trimfit.pipelines.runs.start import check_same_model, enter_run, identity, take_finished, there, threads_of
+from trimfit.pipelines.runs.start import (
+    check_same_model,
+    enter_run,
+    identity,
+    report_in,
+    take_finished,
+    there,
+    threads_of,
+)
 from trimfit.pipelines.windows import draw_windows
 from trimfit.ranks import ALONE, Ranks
 
@@ -61,7 +69,7 @@ def prune_checkpoint(
     }
     finished = ranks.first(lambda: take_finished(out, request))
     if finished is not None:
-        return PruneReport.model_validate({name: finished[name] for name in PruneReport.model_fields})
+        return report_in(finished, PruneReport)
     with ExitStack() as stack:
         run = ranks.first_only(lambda: enter_run(stack, source, out, overwrite, request))
         observer.stage(f"loading {source}")

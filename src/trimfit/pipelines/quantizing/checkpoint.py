@@ -19,7 +19,15 @@ from trimfit.pipelines.quantizing.records import QuantizeReport
 from trimfit.pipelines.quantizing.save import Format, QuantizeRecord, Result, check_offload
 from trimfit.pipelines.quantizing.weight_moments import WeightMoments
 from trimfit.pipelines.runs.directory import RunDirectory, run_path
-from trimfit.pipelines.runs.start import check_same_model, enter_run, identity, take_finished, there, threads_of
+from trimfit.pipelines.runs.start import (
+    check_same_model,
+    enter_run,
+    identity,
+    report_in,
+    take_finished,
+    there,
+    threads_of,
+)
 from trimfit.pipelines.windows import draw_windows
 from trimfit.ranks import ALONE, Ranks
 
@@ -68,7 +76,7 @@ def quantize_checkpoint(
     }
     finished = ranks.first(lambda: take_finished(out, request))
     if finished is not None:
-        return QuantizeReport.model_validate({name: finished[name] for name in QuantizeReport.model_fields})
+        return report_in(finished, QuantizeReport)
     with ExitStack() as stack:
         run = ranks.first_only(lambda: enter_run(stack, source, out, overwrite, request))
         observer.stage(f"loading {source}")

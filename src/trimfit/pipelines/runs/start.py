@@ -5,9 +5,10 @@ import logging
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import BaseModel
 
 from trimfit.checkpoints import SIDECAR, check_output
 from trimfit.errors import InputError
@@ -16,6 +17,7 @@ from trimfit.pipelines.runs.directory import REQUEST, RunDirectory, check_run_pa
 from trimfit.ranks import Ranks
 
 log = logging.getLogger(__name__)
+_Report = TypeVar("_Report", bound=BaseModel)
 
 
 def take_finished(out: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -33,6 +35,11 @@ def take_finished(out: Path, request: Mapping[str, Any]) -> dict[str, Any] | Non
     with RunDirectory(out, {}):  # which removes it, under its lock
         pass
     return record if json.loads(json.dumps(request)).items() <= asked.items() else None
+
+
+def report_in(record: Mapping[str, Any], kind: type[_Report]) -> _Report:
+    """The report of a run, from the record of its output."""
+    return kind.model_validate({name: record[name] for name in kind.model_fields})
 
 
 def enter_run(stack: ExitStack, source: str, out: Path, overwrite: bool, request: Mapping[str, Any]) -> RunDirectory:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from trimfit import ConjugateGradients, FactoredGram, Status, refit
+from trimfit.precision import split
 
 Product = Callable[[Tensor, Tensor], Tensor]
 plain: Product = torch.Tensor.__matmul__
@@ -31,13 +32,25 @@ def bfloat16(a: Tensor, b: Tensor) -> Tensor:
     return plain(a.bfloat16().float(), b.bfloat16().float())
 
 
-def split(a: Tensor, b: Tensor) -> Tensor:
+def three_tf32(a: Tensor, b: Tensor) -> Tensor:
+    """As `trimfit.precision.Factor` on a GPU."""
+    (a1, a2), (b1, b2) = split(a), split(b)
+    return plain(_round(a2), b1) + plain(a1, _round(b2)) + plain(a1, b1)
+
+
+def three_bfloat16(a: Tensor, b: Tensor) -> Tensor:
     """Each factor as the sum of two bfloat16 numbers; the product of the small ones is left out."""
     (a1, a2), (b1, b2) = _halves(a), _halves(b)
     return plain(a1, b1) + plain(a1, b2) + plain(a2, b1)
 
 
-PRODUCTS: dict[str, Product] = {"float32": plain, "split bfloat16": split, "TF32": tf32, "bfloat16": bfloat16}
+PRODUCTS: dict[str, Product] = {
+    "float32": plain,
+    "3 × TF32": three_tf32,
+    "3 × bfloat16": three_bfloat16,
+    "TF32": tf32,
+    "bfloat16": bfloat16,
+}
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """In which arithmetic a device multiplies matrices."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -44,30 +44,51 @@ def tensor_float32(device: torch.device, *, allowed: bool) -> Generator[None]:
 
 
 class Factor:
-    """A matrix B (n, n) that many matrices are multiplied with, on CUDA by tensor cores and nearly as in float32.
+    """A matrix B (n, n) that many matrices are multiplied with: float32 ones, on CUDA, by tensor cores.
 
     There float32 factors are the sums of two numbers of 11 bits and the rest. Three products in TF32, the one of the
-    small parts being left out, are together as exact as 21 bits, and quicker than one in float32.
+    small parts being left out, are together as exact as 21 bits, and quicker than one in float32. With `rounded` it is
+    one product, of 11 bits.
     """
 
-    def __init__(self, matrix: Tensor):
+    def __init__(self, matrix: Tensor, *, rounded: bool = False):
         self._device = matrix.device
-        halves = matrix.device.type == "cuda" and matrix.dtype == torch.float32
-        self._parts = split(matrix) if halves else (matrix,)
+        self._parts = split(matrix) if by_tensor_cores(matrix) and not rounded else (matrix,)
+
+    def product(self, a: Tensor) -> Tensor:
+        """A·B, of A (m, n)."""
+        (left, right), *more = self._terms(a)
+        with tensor_float32(self._device, allowed=True):
+            return _add(left @ right, more)
 
     def add_product(self, base: Tensor, a: Tensor) -> Tensor:
         """Base (m, n) and A·B, of A (m, n)."""
-        first, *rest = self._parts
-        if not rest:
-            return torch.addmm(base, a, first)
-        large, small = split(a)
+        first, *more = self._terms(a)
         with tensor_float32(self._device, allowed=True):
-            return torch.addmm(base, small, first).addmm_(large, rest[0]).addmm_(large, first)
+            return _add(torch.addmm(base, *first), more)
+
+    def _terms(self, a: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What is multiplied and summed, the least first."""
+        if len(self._parts) == 1:
+            return [(a, self._parts[0])]
+        (large, small), (first, rest) = split(a), self._parts
+        return [(small, first), (large, rest), (large, first)]
+
+
+def _add(total: Tensor, terms: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    for left, right in terms:
+        total.addmm_(left, right)
+    return total
+
+
+def by_tensor_cores(matrix: Tensor) -> bool:
+    """Whether its products can be in TF32."""
+    return matrix.device.type == "cuda" and matrix.dtype == torch.float32
 
 
 def split(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """A float32 matrix as the sum of what TF32 holds of it, the mantissa being cut off after 10 bits, and the rest."""
-    large = (matrix.view(torch.int32) & ~0x1FFF).view(torch.float32)
+    large = (matrix.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
     return large, matrix - large
 
 

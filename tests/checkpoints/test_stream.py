@@ -3,7 +3,9 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import huggingface_hub.constants
@@ -16,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from trimfit.checkpoints import fingerprint, load_checkpoint
+from trimfit.checkpoints.ahead import Ahead
 from trimfit.checkpoints.stream import Stream, open_stream
 from trimfit.checkpoints.tensor_bytes import fingerprint_of
 from trimfit.errors import InputError
@@ -105,6 +108,51 @@ def test_a_block_is_there_while_it_is_asked_for(make: Any):
         raise KeyboardInterrupt
     assert all(parameter.is_meta for parameter in stream.checkpoint.model.parameters())
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["qwen2", "mixtral"])
+def test_the_next_block_is_read_while_another_is_there(make: Any, name: str):
+    """As for a GPU, whose work the host need not wait for."""
+    directory = make(name, 5_000)
+    stream, loaded = stream_of(directory), load_checkpoint(str(directory)).model
+    assert stream.ahead is None  # on a CPU the system reads ahead by itself
+    stream = replace(stream, ahead=Ahead())
+    second = "model.layers.1"
+    for block in (FIRST, second, FIRST):  # the last of them is not what was read ahead
+        with stream.loaded(block, then=second if block == FIRST else "model.layers.2"):
+            for parameter_name, parameter in stream.checkpoint.model.get_submodule(block).named_parameters():
+                assert torch.equal(parameter, loaded.get_parameter(f"{block}.{parameter_name}"))
+    assert all(parameter.is_meta for parameter in stream.checkpoint.model.parameters())
+
+
+def test_what_fails_in_the_background_is_raised_where_it_is_needed(make: Any):
+    directory = make("qwen2", 5_000)
+    stream = stream_of(directory)
+    for file in directory.glob("*.safetensors"):
+        file.rename(file.with_suffix(".gone"))
+    ahead, name = Ahead(), f"{FIRST}.mlp.up_proj.weight"
+    ahead.begin([name], stream.read)
+    with pytest.raises(FileNotFoundError):
+        ahead.take(name)
+
+
+def test_reading_ahead_does_not_wait():
+    """And what nobody took is forgotten."""
+    go_on, read = Event(), list[str]()
+
+    def slow(name: str) -> Tensor:
+        assert go_on.wait(60)
+        read.append(name)
+        return torch.ones(2)
+
+    ahead = Ahead()
+    ahead.begin(["a", "b", "c"], slow)
+    ahead.begin(["d"], slow)
+    go_on.set()
+    taken = ahead.take("d")
+    assert taken is not None and torch.equal(taken, torch.ones(2))
+    assert ahead.take("d") is None and ahead.take("a") is None
+    assert read in (["a", "d"], ["d"])  # b and c were never begun
 
 
 def test_mixed_dtypes_become_those_of_the_model(make: Any):

@@ -10,11 +10,13 @@ import torch
 from refit_reference import Reference, make_layer
 from torch import Tensor
 
-from trimfit import ConjugateGradients, Status, refit
+from trimfit import ConjugateGradients, FactoredGram, Status, refit
 from trimfit.calibration import MomentSum
 from trimfit.precision import Factor, split, tensor_float32
+from trimfit.refit.together import refit_together
 
 CUDA = torch.device("cuda")
+CG = ConjugateGradients()
 
 
 def precision() -> str:
@@ -56,26 +58,33 @@ def rounding(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """What was allowed; where it is, products of float32 are rounded as in TF32."""
     seen: list[bool] = []
     plain: Any = torch.Tensor.__matmul__
+    plain_add: Any = torch.Tensor.addmm_
 
     def rounded(a: Tensor, b: Tensor) -> Tensor:
         return plain(to_tf32(a), to_tf32(b)) if a.dtype == torch.float32 else plain(a, b)
+
+    def rounded_add(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return plain_add(total, to_tf32(a), to_tf32(b)) if a.dtype == torch.float32 else plain_add(total, a, b)
 
     @contextmanager
     def as_on_a_gpu(device: torch.device, *, allowed: bool) -> Generator[None]:
         seen.append(allowed)
         with monkeypatch.context() as patch:
-            if allowed:
-                patch.setattr(torch.Tensor, "__matmul__", rounded)
+            patch.setattr(torch.Tensor, "__matmul__", rounded if allowed else plain)
+            patch.setattr(torch.Tensor, "addmm_", rounded_add if allowed else plain_add)
             yield
 
-    for module in ("trimfit.refit.conjugate_gradients", "trimfit.calibration.gram"):
+    for module in ("trimfit.precision", "trimfit.refit.together", "trimfit.calibration.gram"):
         monkeypatch.setattr(importlib.import_module(module), "tensor_float32", as_on_a_gpu)
+    for module in ("trimfit.precision", "trimfit.calibration.gram"):
+        monkeypatch.setattr(f"{module}.by_tensor_cores", lambda matrix: matrix.dtype == torch.float32)
     return seen
 
 
 @pytest.mark.parametrize("preconditioner", ["diagonal", "masked_inverse"])
-def test_a_refit_is_optimal_in_spite_of_it(rounding: list[bool], preconditioner: Any) -> None:
-    gram, weight, mask = make_layer(16, 48, decay=1.0)
+@pytest.mark.parametrize("decay", [1.0, 4.0])
+def test_a_refit_is_optimal_in_spite_of_it(rounding: list[bool], decay: float, preconditioner: Any) -> None:
+    gram, weight, mask = make_layer(16, 48, decay=decay)
     solution = refit(gram, weight, mask, solver=ConjugateGradients(preconditioner, 1e-6))
     assert rounding and all(rounding)
     assert solution.status is Status.OPTIMAL
@@ -84,20 +93,34 @@ def test_a_refit_is_optimal_in_spite_of_it(rounding: list[bool], preconditioner:
     assert (reference.gap(solution.weight) <= 1e-6 * reference.gain).all()
 
 
-def test_it_is_not_used_for_a_badly_conditioned_matrix(rounding: list[bool]) -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_a_badly_conditioned_matrix_takes_no_more_steps(request: pytest.FixtureRequest, together: bool) -> None:
+    """Its products are three of parts; of rounded factors they would take several times the steps."""
     gram, weight, mask = make_layer(16, 48, decay=4.0)
-    assert refit(gram, weight, mask, solver=ConjugateGradients()).status is Status.OPTIMAL
-    assert rounding and not any(rounding)
+    assert FactoredGram(gram).inverse_norm > 2e3
+
+    def steps() -> int:
+        metric = torch.eye(4).repeat(4, 1, 1)
+        solution = refit_together(gram, weight, mask, metric) if together else refit(gram, weight, mask, solver=CG)
+        assert solution.status is Status.OPTIMAL
+        return solution.steps
+
+    plain = steps()
+    request.getfixturevalue("rounding")
+    assert steps() <= plain + 1
 
 
-@pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, True), (torch.float16, True), (torch.float32, False)])
-def test_moments_do_not_change_by_it(rounding: list[bool], dtype: torch.dtype, allowed: bool) -> None:
-    inputs = torch.randn(40, 12, generator=torch.Generator().manual_seed(0)).to(dtype)
-    moments = MomentSum(12)
-    moments.add(inputs)
-    assert rounding == [allowed]
-    exact = inputs.double().T @ inputs.double() / 40
-    torch.testing.assert_close(moments.value(torch.device("cpu")).gram.double(), exact, rtol=1e-6, atol=1e-7)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_moments_do_not_change_by_it(rounding: list[bool], dtype: torch.dtype) -> None:
+    inputs, dense = torch.randn(2, 40, 12, generator=torch.Generator().manual_seed(0)).to(dtype)
+    moments = MomentSum(12, drift=True)
+    moments.add(inputs, inputs, dense)
+    assert rounding == [dtype != torch.float32]
+    found = moments.value(torch.device("cpu"))
+    assert found.drift is not None and found.drift.inputs is not None
+    drift = (inputs.float() - dense.float()).double()
+    for value, left in ((found.gram, inputs.double()), (found.drift.inputs, drift)):
+        torch.testing.assert_close(value.double(), left.T @ inputs.double() / 40, rtol=1e-6, atol=1e-6)
 
 
 def test_three_products_of_parts_are_nearly_as_exact_as_float32() -> None:
@@ -118,6 +141,9 @@ def test_a_factor_multiplies_and_adds(monkeypatch: pytest.MonkeyPatch) -> None:
     base, a, b = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
     for x, y, z in ((base, a, b), (base.double(), a.double(), b.double())):
         torch.testing.assert_close(Factor(z).add_product(x, y), x + y @ z)
-    factor = Factor(b)
-    monkeypatch.setattr(factor, "_parts", split(b))  # as on a GPU
-    torch.testing.assert_close(factor.add_product(base, a), base + a @ b)
+        torch.testing.assert_close(Factor(z).product(y), y @ z)
+    monkeypatch.setattr("trimfit.precision.by_tensor_cores", lambda matrix: True)
+    for rounded in (False, True):
+        factor = Factor(b, rounded=rounded)
+        torch.testing.assert_close(factor.add_product(base, a), base + a @ b)
+        torch.testing.assert_close(factor.product(a), a @ b)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from trimfit.precision import tensor_float32
+from trimfit.precision import by_tensor_cores, split, tensor_float32
 from trimfit.ranks import ALONE, Ranks
 
 
@@ -71,11 +71,13 @@ class MomentSum:
         x = _rows(inputs)
         self.tokens += len(x)
         self._calls += 1
-        with tensor_float32(x.device, allowed=inputs.dtype in (torch.bfloat16, torch.float16)):  # exact for these
+        short = inputs.dtype in (torch.bfloat16, torch.float16)
+        with tensor_float32(x.device, allowed=short):  # exact for these
             self._add("gram", x, x)
-        if here is not None and dense is not None:
-            with tensor_float32(x.device, allowed=False):
-                self._add("drift", _rows(here) - _rows(dense), x)
+            if here is not None and dense is not None:
+                drift = _rows(here) - _rows(dense)
+                for part in split(drift) if short and by_tensor_cores(drift) else (drift,):
+                    self._add("drift", part, x)
 
     def _add(self, name: str, a: Tensor, b: Tensor) -> None:
         if name not in self._sums:

@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trimfit.checkpoints.ahead import Ahead
 from trimfit.checkpoints.load import Checkpoint, load_checkpoint
 from trimfit.checkpoints.places import Place, find_places
 from trimfit.checkpoints.shards import INDEX, SINGLE, read_ahead, read_spans, shard_files, source_directory
@@ -28,12 +29,15 @@ class Stream:
     - `device`: of blocks that are `loaded`.
     - `places`: of each tensor in the state dict of the model.
     - `buffers`: those that no file holds, by name.
+    - `ahead`: for a device that works while the host reads; None where the system's own reading ahead will do, as
+      weights are mapped from their files.
     """
 
     checkpoint: Checkpoint
     device: torch.device
     places: dict[str, Place]
     buffers: dict[str, Tensor]
+    ahead: Ahead | None = None
 
     def read(self, name: str) -> Tensor:
         """One tensor of the state dict in the dtype that it has in the model, on the CPU."""
@@ -47,30 +51,37 @@ class Stream:
     def loaded(self, block: str, then: str | None = None) -> Generator[None]:
         """Puts the weights of a submodule into the model while the context lasts; what becomes of them ends with it.
 
-        The system reads those of the submodule `then` in the background meanwhile.
+        Those of the submodule `then` are read in the background meanwhile.
         """
         module = self.checkpoint.model.get_submodule(block)
         with stage("load"):
-            weights = {name: self.read(f"{block}.{name}").to(self.device) for name in module.state_dict()}
+            weights = {name: self._on_device(f"{block}.{name}") for name in module.state_dict()}
             module.load_state_dict(weights, assign=True)
             self._put_buffers(f"{block}.")
         del weights
         if then is not None:
-            self._read_ahead(f"{then}.")
+            self._begin([name for name in self.places if name.startswith(f"{then}.")])
         try:
             yield
         finally:
             module.to("meta")
 
-    def _read_ahead(self, prefix: str) -> None:
+    def _on_device(self, name: str) -> Tensor:
+        tensor = self.ahead.take(name) if self.ahead else None
+        tensor = self.read(name) if tensor is None else tensor
+        return tensor.to(self.device, non_blocking=tensor.is_pinned())
+
+    def _begin(self, names: Sequence[str]) -> None:
+        if self.ahead:
+            self.ahead.begin(names, self.read)
+            return
         stored: dict[Path, set[str]] = {}
-        for name, place in self.places.items():
-            if name.startswith(prefix):
-                for source in place.sources:
-                    stored.setdefault(source.file, set()).add(source.name)
-        for file, names in stored.items():
+        for name in names:
+            for source in self.places[name].sources:
+                stored.setdefault(source.file, set()).add(source.name)
+        for file, wanted in stored.items():
             spans = read_spans(file)
-            read_ahead(file, [spans[name] for name in names])
+            read_ahead(file, [spans[one] for one in wanted])
 
     def load_all_but(self, blocks: Sequence[str]) -> None:
         """Puts everything else into the model, for as long as it lives: with one block `loaded` it can run."""
@@ -121,8 +132,8 @@ def find_stream(source: str, device: torch.device) -> Stream | str:
     lost = [name for name in checkpoint.model.state_dict() if name not in places]
     if lost:
         return f"no file holds {lost[0]} as it is in the model"
-    buffers = _buffers(checkpoint.model)
-    return Stream(checkpoint, torch.empty(0, device=device).device, places, buffers)  # "cuda" is now "cuda:0"
+    device = torch.empty(0, device=device).device  # "cuda" is now "cuda:0"
+    return Stream(checkpoint, device, places, _buffers(checkpoint.model), Ahead() if device.type == "cuda" else None)
 
 
 def _tie(model: PreTrainedModel, places: Mapping[str, Place]) -> None:

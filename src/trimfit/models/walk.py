@@ -183,7 +183,7 @@ class Walker:
             return self._calls[len(hidden)][block.index].run(block.module, self._on_device(hidden))
 
     def _on_device(self, hidden: Tensor) -> Tensor:
-        return hidden.to(self.model.device)
+        return hidden.to(self.model.device, non_blocking=hidden.is_pinned())  # the device has other work meanwhile
 
     def _batches(self, name: str) -> list[Tensor]:
         """Of one set of windows, those that are this process's."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trimfit.errors import InputError
-from trimfit.precision import tensor_float32
+from trimfit.precision import Factor
 from trimfit.refit.gram import FactoredGram
 from trimfit.refit.iteration import iterate
 from trimfit.refit.solver import check_settings, working_dtype
@@ -26,7 +26,7 @@ class ConjugateGradients:
     - `max_steps`: step limit of a whole refit.
     - `dtype`: of the iteration, torch.float32 or torch.float64; float64 in any case for a matrix so badly conditioned
       that float32 would take several times the steps. On CUDA, products of float32 are TF32 for one so well conditioned
-      that this costs few steps; the caller's residuals and certificates never are.
+      that this costs few steps, else three of TF32; the caller's residuals and certificates never are.
     """
 
     preconditioner: Literal["diagonal", "masked_inverse"] = "masked_inverse"
@@ -44,35 +44,35 @@ class ConjugateGradients:
     ) -> tuple[Tensor, int]:
         """See `Solver.correct`."""
         dtype = working_dtype(gram, self.dtype)
-        system = _Rows(gram.matrix.to(dtype), gram.inverse.to(dtype), self.preconditioner == "masked_inverse")
-        with tensor_float32(residual.device, allowed=gram.inverse_norm <= _TF32_SUFFICES):
-            return iterate(
-                system,
-                residual,
-                mask.to(dtype),
-                gain,
-                tolerance=self.tolerance,
-                max_steps=max_steps,
-                check_every=_CHECK_EVERY[self.preconditioner],
-            )
+        rounded = gram.inverse_norm <= _TF32_SUFFICES
+        matrix, inverse = (Factor(one.to(dtype), rounded=rounded) for one in (gram.matrix, gram.inverse))
+        return iterate(
+            _Rows(matrix, inverse, self.preconditioner == "masked_inverse"),
+            residual,
+            mask.to(dtype),
+            gain,
+            tolerance=self.tolerance,
+            max_steps=max_steps,
+            check_every=_CHECK_EVERY[self.preconditioner],
+        )
 
 
 @dataclass(frozen=True)
 class _Rows:
     """A `System` of rows (m, n) that share a matrix (n, n) and its inverse."""
 
-    matrix: Tensor
-    inverse: Tensor
+    matrix: Factor
+    inverse: Factor
     masked_inverse: bool
 
     def multiply(self, point: Tensor) -> Tensor:
-        return point @ self.matrix
+        return self.matrix.product(point)
 
     def precondition(self, residual: Tensor) -> Tensor | None:
-        return residual @ self.inverse if self.masked_inverse else None
+        return self.inverse.product(residual) if self.masked_inverse else None
 
     def bound(self, residual: Tensor, product: Tensor) -> Tensor:
-        return (product if self.masked_inverse else ((residual @ self.inverse) * residual).sum(1)) / 2
+        return (product if self.masked_inverse else (self.inverse.product(residual) * residual).sum(1)) / 2
 
     def rows(self, index: Tensor) -> "_Rows":
         return self

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trimfit.errors import InputError
-from trimfit.precision import tensor_float32
+from trimfit.precision import Factor, tensor_float32
 from trimfit.refit.certificate import SMALLEST_GAIN, Certificate, rounding_of_gradient
 from trimfit.refit.conjugate_gradients import ConjugateGradients
 from trimfit.refit.gram import FactoredGram, factorise
@@ -147,7 +147,8 @@ class _Together:
         """By conjugate gradients, preconditioned with C⁻¹ ⊗ H⁻¹ on the mask."""
         gram = self.problem.gram
         dtype = working_dtype(gram, solver.dtype)
-        system = _Runs(*(matrix.to(dtype) for matrix in (gram.matrix, gram.inverse, self.metric, self.inverse)))
+        matrix, inverse = Factor(gram.matrix.to(dtype)), Factor(gram.inverse.to(dtype))
+        system = _Runs(matrix, inverse, self.metric.to(dtype), self.inverse.to(dtype))
         with tensor_float32(residual.device, allowed=False):
             correction, steps = iterate(
                 system,
@@ -170,22 +171,27 @@ class _Together:
 class _Runs:
     """A `System` of runs (b, d, n): C ⊗ H and its inverse, whose product with the residual is the bound."""
 
-    matrix: Tensor
-    inverse: Tensor
+    matrix: Factor
+    inverse: Factor
     metric: Tensor
     metric_inverse: Tensor
 
     def multiply(self, point: Tensor) -> Tensor:
-        return self.metric @ (point @ self.matrix)
+        return self.metric @ _by_rows(self.matrix, point)
 
     def precondition(self, residual: Tensor) -> Tensor:
-        return self.metric_inverse @ (residual @ self.inverse)
+        return self.metric_inverse @ _by_rows(self.inverse, residual)
 
     def bound(self, residual: Tensor, product: Tensor) -> Tensor:
         return product / 2
 
     def rows(self, index: Tensor) -> "_Runs":
         return _Runs(self.matrix, self.inverse, self.metric[index], self.metric_inverse[index])
+
+
+def _by_rows(matrix: Factor, runs: Tensor) -> Tensor:
+    """The product of each row of runs (b, d, n)."""
+    return matrix.product(runs.flatten(0, 1)).view_as(runs)
 
 
 def _damped(metric: Tensor) -> Tensor:

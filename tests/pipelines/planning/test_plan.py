@@ -88,6 +88,12 @@ def test_better_masks_cost_more(selector: str):
     assert seconds(job(selector=selector).costs(MODEL), rates)["mask"] > seconds(job().costs(MODEL), rates)["mask"]
 
 
+def test_an_offloaded_model_has_its_next_block_on_the_host_while_a_gpu_works():
+    asked, room = job(offload=True), Capacity(1, 1, 1, 0)
+    blocks = next(peak for peak in memory_peaks(MODEL, asked, None, room) if peak.stage == "blocks")
+    assert blocks.host == asked.memory(MODEL).states + 600
+
+
 def test_memory_and_disk_by_hand():
     held = job().memory(MODEL)
     assert (held.weights, held.copy) == (2000, 0)

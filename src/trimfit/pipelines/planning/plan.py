@@ -204,10 +204,10 @@ def memory_peaks(model: Outline, job: AnyJob, limit: int | None, room: Capacity)
 def _blocks(held: Memory, states: float, job: AnyJob) -> tuple[float, float]:
     """Bytes on the host and on a device apart from it: hidden states wait on the device unless the model is offloaded.
 
-    What is above a limit is in files, which the host maps while it uses them.
+    What is above a limit is in files, which the host maps while it uses them. The next block is read ahead on the host.
     """
     on_device = held.weights + held.copy + held.work
-    return (states + held.copy, on_device) if job.offload else (0.0, on_device + states)
+    return (states + held.block, on_device) if job.offload else (0.0, on_device + states)
 
 
 def disk_bytes(model: Outline, job: AnyJob, limit: int | None) -> int:

@@ -268,12 +268,13 @@ class Memory:
 
     - `weights`: of the model, or of what is loaded of it.
     - `states`: hidden states between blocks; `spilled`: those that are in files whatever the limit.
-    - `copy`: the dense copy of a block.
+    - `block`: the largest; `copy`: the dense copy of a block.
     - `work`: the largest of what one forward pass and one group of layers take.
     """
 
     weights: float
     states: float
+    block: float
     copy: float
     work: float
     spilled: float = 0.0
@@ -292,7 +293,7 @@ def _memory(model: Outline, job: Job) -> Memory:
     if job.config.split != "uniform":
         work = max(work, *(_allocation_bytes(block) for block in model.blocks))
     weights = model.bytes - inside + block if job.offload else model.bytes
-    return Memory(weights, states, block if job.config.target == "dense" else 0.0, work, spilled)
+    return Memory(weights, states, block, block if job.config.target == "dense" else 0.0, work, spilled)
 
 
 def _window_bytes(model: Outline) -> int:

@@ -231,7 +231,7 @@ def _memory(model: Outline, job: QuantizeJob) -> Memory:
     outside = model.bytes - sum(block.bytes for block in model.blocks) if job.windows else 0
     states = job.windows * model.length * model.hidden * model.dtype.itemsize
     work = max((_block_bytes(block, model, job) for block in model.blocks), default=0.0)
-    return Memory(outside + block if job.offload else model.bytes, states, 0.0, work)
+    return Memory(outside + block if job.offload else model.bytes, states, block, 0.0, work)
 
 
 def _block_bytes(block: BlockOutline, model: Outline, job: QuantizeJob) -> float:

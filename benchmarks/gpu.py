@@ -13,10 +13,9 @@ blocks / K: an extrapolation, not a measurement. It leaves out what grows with t
 passes of the allocation of `joint`.
 
 Shares are what the arithmetic of docs/scale.md counts for a stage, over the time that the stage took and the rate that
-was measured in the same run: of a large matrix product in the dtype concerned ("GEMM"), of a copy ("memory"). A refit
-runs in TF32 or in float32, layer by layer, as conditioning wants it: the share of the TF32 rate is the lower one. Both
-count all rows of a layer for the steps of its slowest row, which the others leave before: on CPUs that was 2 to 20 %
-more than what was really multiplied.
+was measured in the same run: of a large matrix product in the dtype concerned ("GEMM"), of a copy ("memory"). Products
+within the solver are counted where they are made: on a GPU all are in TF32, some as three of it, which are three for the
+share of the TF32 rate and one for that of the float32 rate.
 """
 
 import argparse
@@ -24,23 +23,34 @@ import gc
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from common import machine, quiet
 from synthetic import SHAPES, build, save, tokens
+from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 
-from trimfit import CalibrationConfig, PruneConfig, PruneReport, QuantizeConfig, QuantizeReport, prune_checkpoint
+from trimfit import (
+    CalibrationConfig,
+    PruneConfig,
+    PruneReport,
+    QuantizeConfig,
+    QuantizeReport,
+    prune_checkpoint,
+    timing,
+)
 from trimfit.calibration import held_out_count
 from trimfit.models.outline import outline
 from trimfit.pipelines import quantize_checkpoint
 from trimfit.pipelines.planning.prune_cost import Costs, Job
-from trimfit.precision import tensor_float32
+from trimfit.precision import Factor, tensor_float32
 from trimfit.throughput import Throughput, gemm_rate, measure_throughput
 
 STAGES = ("allocation", "forward", "gram", "factorisation", "order", "mask", "refit", "errors", "load", "save")
@@ -78,11 +88,35 @@ class Case:
         return self.source.with_name("out")
 
 
+@dataclass
+class Products:
+    """Flops of a solver within refits: as if each product were one, and as they are multiplied."""
+
+    once: float = 0.0
+    in_parts: float = 0.0
+
+    @contextmanager
+    def counted(self) -> Generator[None]:
+        """Counts while the context lasts."""
+        plain = Factor.product
+
+        def counting(factor: Factor, a: Tensor) -> Tensor:
+            if timing.current_stage() == "refit":
+                flops = 2.0 * a.numel() * a.shape[-1]  # the factor is square
+                self.once += flops
+                self.in_parts += flops * factor.products
+            return plain(factor, a)
+
+        with mock.patch.object(Factor, "product", counting):
+            yield
+
+
 @dataclass(frozen=True)
 class Measured:
-    """A run: its report, seconds from its start to its end, and peaks of memory in GiB."""
+    """A run: its report, what its refits multiplied, seconds from its start to its end, and peaks of memory in GiB."""
 
     report: PruneReport
+    products: Products
     seconds: float
     device: str
     host: str
@@ -120,16 +154,17 @@ def measure(case: Case, method: Mapping[str, str], pattern: Mapping[str, object]
     count, length = case.windows
     calibration = CalibrationConfig(source=str(case.source / "tokens.npy"), samples=count, sequence_length=length)
     _reset_peaks(case.device)
-    start = time.perf_counter()
-    report = prune_checkpoint(str(case.source), case.out, config, calibration, device=case.device, offload=True)
+    start, products = time.perf_counter(), Products()
+    with products.counted():
+        report = prune_checkpoint(str(case.source), case.out, config, calibration, device=case.device, offload=True)
     seconds = time.perf_counter() - start
     shutil.rmtree(case.out)
-    return Measured(report, seconds, *_peaks(case.device))
+    return Measured(report, products, seconds, *_peaks(case.device))
 
 
 def row(case: Case, method: str, pattern: str, measured: Measured) -> list[str]:
     """Of the table."""
-    report = measured.report
+    report, products = measured.report, measured.products
     counted = _counted(case, report)
     return [
         case.name,
@@ -143,8 +178,9 @@ def row(case: Case, method: str, pattern: str, measured: Measured) -> list[str]:
         f"{measured.seconds - report.seconds:.2f}",
         str(report.steps),
         f"{_share(case, counted, report, 'forward', case.rates.float32):.0%}",
-        *(f"{_share(case, counted, report, stage, case.tensor_float32):.0%}" for stage in ("gram", "refit")),
-        f"{_share(case, counted, report, 'refit', case.rates.float32):.0%}",
+        f"{_share(case, counted, report, 'gram', case.tensor_float32):.0%}",
+        f"{_refit_share(case, counted, report, products.in_parts / case.tensor_float32):.0%}",
+        f"{_refit_share(case, counted, report, products.once / case.rates.float32):.0%}",
         f"{_memory_share(case, counted, report):.0%}",
         f"{report.certificate:.0e}",
         measured.device,
@@ -181,6 +217,12 @@ def _share(case: Case, counted: Costs, report: PruneReport, stage: str, float32:
     rates = {"model": case.rates.model, "float32": float32, "float64": case.rates.float64}
     ideal = sum(counted[stage][kind] / rate for kind, rate in rates.items())
     return ideal / max(report.stages.get(stage, 0.0), 1e-9)
+
+
+def _refit_share(case: Case, counted: Costs, report: PruneReport, solver: float) -> float:
+    """Of the rate of matrix products, those of the solver taking so many seconds; certificates are in float64."""
+    ideal = solver + counted["refit"]["float64"] / case.rates.float64
+    return ideal / max(report.stages.get("refit", 0.0), 1e-9)
 
 
 def _memory_share(case: Case, counted: Costs, report: PruneReport) -> float:

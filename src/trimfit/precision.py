@@ -55,6 +55,11 @@ class Factor:
         self._device = matrix.device
         self._parts = split(matrix) if by_tensor_cores(matrix) and not rounded else (matrix,)
 
+    @property
+    def products(self) -> int:
+        """How many there are of parts for one of whole factors."""
+        return 2 * len(self._parts) - 1
+
     def product(self, a: Tensor) -> Tensor:
         """A·B, of A (m, n)."""
         (left, right), *more = self._terms(a)

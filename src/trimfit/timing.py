@@ -31,6 +31,11 @@ class Clock:
         finally:
             _running.reset(token)
 
+    @property
+    def stage(self) -> str | None:
+        """The inner one of those that last."""
+        return self._stack[-1] if self._stack else None
+
     def enter(self, name: str) -> None:
         """A stage begins."""
         self._count()
@@ -63,3 +68,9 @@ def stage(name: str) -> Generator[None]:
         yield
     finally:
         clock.leave()
+
+
+def current_stage() -> str | None:
+    """The stage that is being counted, None outside."""
+    clock = _running.get()
+    return clock and clock.stage

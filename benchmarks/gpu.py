@@ -14,8 +14,8 @@ passes of the allocation of `joint`.
 
 Shares are what the arithmetic of docs/scale.md counts for a stage, over the time that the stage took and the rate that
 was measured in the same run: of a large matrix product in the dtype concerned ("GEMM"), of a copy ("memory"). Products
-within the solver are counted where they are made: on a GPU all are in TF32, some as three of it, which are three for the
-share of the TF32 rate and one for that of the float32 rate.
+within the solver are counted where they are made: on a GPU all are in TF32, some as three of it, which are three for
+the share of the TF32 rate and one for that of the float32 rate.
 """
 
 import argparse

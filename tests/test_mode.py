@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimfit import precision
-from trimfit.mode import evaluation_mode
+from trimfit.mode import forward_mode
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "_grouped_mm", "convolution")
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -47,7 +47,7 @@ def test_slow_cpus_compute_no_product_in_half_precision(
     exact = model.float()(input_ids=tokens).logits
     model = model.to(dtype)
     in_hardware(False)
-    with torch.no_grad(), evaluation_mode(model), Products() as products:
+    with torch.no_grad(), forward_mode(model), Products() as products:
         logits = model(input_ids=tokens, use_cache=False).logits
     assert products.dtypes == {torch.float32}
     assert logits.dtype == dtype
@@ -59,7 +59,7 @@ def test_slow_cpus_compute_no_product_in_half_precision(
 def test_other_cpus_compute_as_they_did(dtype: torch.dtype, in_hardware: Callable[[bool], None]) -> None:
     model, tokens = ALL_FAMILIES["llama"].build().to(dtype), windows(4)
     in_hardware(True)
-    with torch.no_grad(), evaluation_mode(model), Products() as products:
+    with torch.no_grad(), forward_mode(model), Products() as products:
         logits = model(input_ids=tokens).logits
     assert dtype in products.dtypes
     assert torch.equal(logits, model(input_ids=tokens).logits)
@@ -70,7 +70,7 @@ def test_a_layer_with_few_rows_is_not_copied(in_hardware: Callable[[bool], None]
     layer = nn.Linear(64, 64).bfloat16()
     in_hardware(False)
     for rows, computed in ((4, torch.bfloat16), (64, torch.float32)):
-        with torch.no_grad(), evaluation_mode(layer), Products() as products:
+        with torch.no_grad(), forward_mode(layer), Products() as products:
             layer(torch.randn(rows, 64).bfloat16())
         assert products.dtypes == {computed}
 
@@ -78,7 +78,7 @@ def test_a_layer_with_few_rows_is_not_copied(in_hardware: Callable[[bool], None]
 def test_products_of_unlike_matrices_are_still_refused(in_hardware: Callable[[bool], None]) -> None:
     a, b = torch.randn(40, 40), torch.randn(40, 40).bfloat16()
     in_hardware(False)
-    with evaluation_mode(nn.Linear(1, 1)), pytest.raises(RuntimeError, match="dtype"):
+    with forward_mode(nn.Linear(1, 1)), pytest.raises(RuntimeError, match="dtype"):
         a @ b
 
 

@@ -12,17 +12,23 @@ from trimfit.precision import half_products
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Generator[None]:
-    """Every module in eval mode, afterwards in the mode it had; products as quick as the device has them."""
+    """Every module in eval mode, afterwards in the mode it had."""
     training = {module: module.training for module in model.modules()}
     model.eval()
-    # On "meta" are weights that wait in their files; the mode costs little where they are then computed elsewhere.
-    on_cpu = all(parameter.device.type in ("cpu", "meta") for parameter in model.parameters())
     try:
-        with half_products(torch.device("cpu")) if on_cpu else nullcontext():
-            yield
+        yield
     finally:
         for module, mode in training.items():
             module.training = mode  # not train(): that would set all modules inside as well
+
+
+@contextmanager
+def forward_mode(model: nn.Module) -> Generator[None]:
+    """Eval mode, and products as quick as the device has them: for forward passes, as each call within costs more."""
+    # On "meta" are weights that wait in their files; the mode costs little where they are then computed elsewhere.
+    on_cpu = all(parameter.device.type in ("cpu", "meta") for parameter in model.parameters())
+    with evaluation_mode(model), half_products(torch.device("cpu")) if on_cpu else nullcontext():
+        yield
 
 
 @contextmanager

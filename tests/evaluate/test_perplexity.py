@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from trimfit.errors import InputError, RunError
 from trimfit.evaluate import Score, perplexity, score_text
-from trimfit.mode import evaluation_mode
+from trimfit.mode import forward_mode
 
 Kind = Callable[[str], Any]
 DOCUMENTS = ["the cat sat on the mat", "", "über 日本 🙂 die Straße" * 5, "x"]
@@ -63,7 +63,7 @@ def test_another_family_and_dtype() -> None:
     assert perplexity(other, windows) == pytest.approx(expected_perplexity(other, windows), rel=1e-5)
     half = other.to(torch.bfloat16)
     found = perplexity(half, windows, batch_tokens=1)
-    with evaluation_mode(half):  # the same products
+    with forward_mode(half):  # the same products
         expected = expected_perplexity(half, windows)
     assert found == pytest.approx(expected, rel=1e-5), "the loss is not in bfloat16"
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from trimfit.calibration.turns import Place, Script, make_script
 from trimfit.calibration.windows import context_length, windows_from_ids
 from trimfit.errors import InputError
-from trimfit.mode import evaluation_mode
+from trimfit.mode import forward_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -107,7 +107,7 @@ def sample_from_model(
     script = make_script(tokenizer, set(known.tolist()), length)
     # In (0, 1]: inverting a distribution function at 0 could give a token whose probability is 0.
     uniforms = 1 - torch.rand(samples, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    with torch.no_grad(), evaluation_mode(model):
+    with torch.no_grad(), forward_mode(model):
         parts = [_write(model, script, known, part) for part in uniforms.split(batch_size)]
     windows, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
     sample = SelfSample(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trimfit.calibration import added_tokens, check_ids, context_length
 from trimfit.errors import InputError, RunError
 from trimfit.evaluate.token_bytes import token_bytes
-from trimfit.mode import evaluation_mode
+from trimfit.mode import forward_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -163,7 +163,7 @@ def _negative_log_likelihood(
     if count == 0:
         raise InputError("there is no token to predict: give text, or windows of at least 2 tokens")
     _check_windows(model, windows)
-    with torch.inference_mode(), evaluation_mode(model):
+    with torch.inference_mode(), forward_mode(model):
         batches = _batches([len(window) for window in windows], first_target, batch_tokens)
         total = sum(_batch_loss(model, windows, batch, first_target) for batch in batches)
     return total, count

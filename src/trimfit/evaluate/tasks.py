@@ -24,7 +24,7 @@ from trimfit.calibration import read_documents
 from trimfit.calibration.standard_library import EVALUATION, read_modules
 from trimfit.errors import InputError, RunError, first_line
 from trimfit.evaluate.continuation import continuation_examples
-from trimfit.mode import evaluation_mode
+from trimfit.mode import forward_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -134,7 +134,7 @@ class Tasks:
         with _quiet(), _seeded(seed):
             for task in self._together["tasks"].values():
                 _prepare(task, seed)
-            with evaluation_mode(model), _refused_nan(model):
+            with forward_mode(model), _refused_nan(model):
                 results = evaluator.evaluate(
                     _wrap(model, tokenizer, batch_size),
                     self._together,

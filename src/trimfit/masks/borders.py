@@ -1,5 +1,8 @@
 """The value at a border in the order of many numbers, and masks found by it: no sort, which takes far longer."""
 
+from collections.abc import Sequence
+from functools import reduce
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -40,23 +43,32 @@ class Borders:
 def kth_lowest(runs: Tensor, k: int) -> Tensor:
     """The k-th lowest value of each row of (m, n), k from 1."""
     if runs.shape[1] <= _FEW:
-        return _kth_lowest_of_few(runs, k)
+        return kth_lowest_of_columns(runs.T.contiguous().unbind(), k)
     if runs.device.type == "cpu":  # kthvalue takes ten times as long
         return torch.from_numpy(np.partition(runs.numpy(), k - 1, axis=1)[:, k - 1].copy())
     return runs.sort(dim=1).values[:, k - 1]  # there kthvalue goes through each row, here a layer, with one block
 
 
-def _kth_lowest_of_few(runs: Tensor, k: int) -> Tensor:
-    """Takes the lowest entry of every run out, k times."""
-    columns = list(runs.T.contiguous())
-    lowest = columns[0]
-    for _ in range(k):
-        lowest, *others = columns
-        columns: list[Tensor] = []
-        for other in others:
-            columns.append(torch.maximum(lowest, other))
-            lowest = torch.minimum(lowest, other)
-    return lowest
+def kth_lowest_of_columns(columns: Sequence[Tensor], k: int) -> Tensor:
+    """The k-th lowest entry, k from 1, among a few tensors of one shape, place by place.
+
+    Both halves are sorted; of the k lowest, i are the lowest of one half and k − i of the other.
+    """
+    left, right = _sorted(columns[: len(columns) // 2]), _sorted(columns[len(columns) // 2 :])
+    ends = [
+        right[k - 1] if i == 0 else left[k - 1] if i == k else torch.maximum(left[i - 1], right[k - i - 1])
+        for i in range(max(0, k - len(right)), min(k, len(left)) + 1)
+    ]
+    return reduce(torch.minimum, ends)
+
+
+def _sorted(columns: Sequence[Tensor]) -> list[Tensor]:
+    columns = list(columns)
+    for last in range(len(columns) - 1, 0, -1):
+        for i in range(last):
+            low, high = columns[i : i + 2]
+            columns[i], columns[i + 1] = torch.minimum(low, high), torch.maximum(low, high)
+    return columns
 
 
 def sort(values: Tensor) -> Tensor:

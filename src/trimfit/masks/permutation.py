@@ -8,7 +8,7 @@ start that deals the inputs out by what they matter, two groups exchange an inpu
 import torch
 from torch import Tensor
 
-from trimfit.masks.borders import kth_lowest
+from trimfit.masks.borders import kth_lowest_of_columns
 from trimfit.masks.patterns import NM, check_width
 from trimfit.refit.gram import FactoredGram
 
@@ -35,12 +35,13 @@ def spread(scores: Tensor, pattern: NM) -> Tensor:
     scores = scores[:: -(-len(scores) // _ROWS)].float()
     given = torch.arange(n, device=scores.device).view(-1, pattern.m)
     order = max(given, _dealt(scores, pattern.m), key=lambda order: _kept(scores, order, pattern.n))
+    by_input = scores.T.contiguous()
     step = unchanged = 0
     while unchanged < 2 * pattern.m:
         # Each group offers one input. Which one is shifted from round to round, so that all pairs come to meet.
         position, shift = step % pattern.m, step // pattern.m
         offered = (position + shift * torch.arange(len(order), device=order.device)) % pattern.m
-        better = _exchange(scores, order, offered, pattern.n)
+        better = _exchange(by_input, order, offered, pattern.n)
         unchanged = unchanged + 1 if better is None else 0
         order = order if better is None else better
         step += 1
@@ -58,26 +59,26 @@ def _kept(scores: Tensor, order: Tensor, n: int) -> float:
     return scores[:, order].topk(n, dim=2).values.sum().item()
 
 
-def _exchange(scores: Tensor, order: Tensor, position: Tensor, n: int) -> Tensor | None:
+def _exchange(by_input: Tensor, order: Tensor, position: Tensor, n: int) -> Tensor | None:
     """The groups (groups, m) after exchanges of the inputs at `position` (groups,), or None when too little is gained.
 
-    Two groups exchange when each is what the other gains most with.
+    Two groups exchange when each is what the other gains most with. `by_input` (inputs, rows) are the scores.
     """
     groups = torch.arange(len(order), device=order.device)
     inputs = order[groups, position]
     others = order[order != inputs[:, None]].view(len(order), -1)
-    offered = scores[:, inputs]
+    offered = by_input[inputs].T.contiguous()
     # An input adds to its group what it is above the n-th best of the others there.
-    threshold = kth_lowest(scores[:, others].flatten(0, 1), others.shape[1] - n + 1).view(len(scores), -1)
-    added = scores.new_zeros(len(order), len(order))
-    elements = _CHUNK_ELEMENTS_CPU if scores.device.type == "cpu" else _CHUNK_ELEMENTS
-    for part in torch.arange(len(scores), device=scores.device).split(max(1, elements // len(order) ** 2)):
+    threshold = kth_lowest_of_columns([by_input[other] for other in others.T], others.shape[1] - n + 1).T.contiguous()
+    added = by_input.new_zeros(len(order), len(order))
+    elements = _CHUNK_ELEMENTS_CPU if order.device.type == "cpu" else _CHUNK_ELEMENTS
+    for part in torch.arange(len(offered), device=order.device).split(max(1, elements // len(order) ** 2)):
         added += (offered[part, None, :] - threshold[part, :, None]).clamp_(min=0).sum(0)
     now = added.diagonal()
     gain = added + added.T - now[:, None] - now
     best, partner = gain.max(1)
     exchanged = (best > 0) & (partner[partner] == groups)
-    if not best[exchanged].sum() > 2 * _SMALLEST_GAIN * scores.sum():
+    if not best[exchanged].sum() > 2 * _SMALLEST_GAIN * by_input.sum():
         return None
     order = order.clone()
     order[groups[exchanged], position[exchanged]] = inputs[partner[exchanged]]

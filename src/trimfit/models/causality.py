@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimfit.errors import InputError
-from trimfit.mode import evaluation_mode
+from trimfit.mode import forward_mode
 from trimfit.models.calls import logits_at
 
 _LOOKED_AT = 64  # tokens; logits of all of them would take much memory
@@ -23,7 +23,7 @@ def check_causal(model: PreTrainedModel, window: Tensor) -> None:
     other = window.clone()
     other[half:] = (window[half:] + 1) % int(window.max() + 1)  # other tokens, and all in the vocabulary
     near = torch.arange(max(0, half - _LOOKED_AT), half)  # whoever sees far to the right sees what is near
-    with evaluation_mode(model):
+    with forward_mode(model):
         logits = logits_at(model, torch.stack([window, other]).to(model.device), near)
     rounding = 4 * torch.finfo(logits.dtype).eps
     if (logits[0] - logits[1]).abs().max() > rounding * logits.abs().max():

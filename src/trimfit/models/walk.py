@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from trimfit.calibration import InputMoments, MomentSum
 from trimfit.errors import InputError
-from trimfit.mode import evaluation_mode
+from trimfit.mode import evaluation_mode, forward_mode
 from trimfit.models.calls import Call, Chain
 from trimfit.models.experts import ExpertLinear, each_called
 from trimfit.models.groups import Group, find_groups
@@ -74,7 +74,8 @@ class Walker:
     def __iter__(self) -> Iterator[Block]:
         """Gives each block in turn; asking for the next moves all hidden states through the block as it then is."""
         with torch.no_grad(), evaluation_mode(self.model):
-            self._start()
+            with forward_mode(self.model):
+                self._start()
             for block in self.blocks:
                 with self.placement.loaded(block):
                     self._dense_block = block.copy() if self.dense else None
@@ -116,7 +117,7 @@ class Walker:
         """
         tokens, hidden = self._batches(windows)[number], self._hidden[name][number].get()
         chain = Chain(self.model, self.blocks, self.placement.loaded)
-        with torch.no_grad(), evaluation_mode(self.model):
+        with torch.no_grad(), forward_mode(self.model):
             return chain.predict(tokens, self._on_device(hidden), self._calls[len(tokens)], positions)
 
     def groups(self, block: Block) -> list[Group]:
@@ -179,7 +180,7 @@ class Walker:
         return curvature.value(self.ranks)
 
     def _run(self, block: Block, hidden: Tensor) -> Tensor:
-        with stage("forward"), _experts_called([block]):
+        with stage("forward"), _experts_called([block]), forward_mode(block.module):
             return self._calls[len(hidden)][block.index].run(block.module, self._on_device(hidden))
 
     def _on_device(self, hidden: Tensor) -> Tensor:

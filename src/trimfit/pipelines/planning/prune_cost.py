@@ -353,7 +353,7 @@ def _work(group: GroupOutline, model: Outline, job: Job) -> float:
     square, weights = float(group.inputs) ** 2, float(max(group.rows)) * group.inputs
     factored = 8 * (4 * square) + 2 * 4 * square  # H, damped, factor, inverse; two in float32
     layer = (6 * 4 + 8 + 1) * weights
-    chunk = min(_CHUNK_BYTES, 10 * 8 * weights)
+    chunk = min(_CHUNK_BYTES, 10 * 8 * weights) + 2 * 4 * square  # on a GPU the two in float32 are split in parts
     selecting = 0.0
     if job.config.selector == "joint":
         selecting = 12 * 4 * weights + 3 * 8 * weights + 4 * 4 * square

@@ -46,7 +46,7 @@ def main() -> None:
     quiet()
     outlines = {name: outline(config, torch.bfloat16, LENGTH) for name, config in MODELS.items()}
     jobs = {
-        name: Job(PruneConfig.model_validate(method), WINDOWS - HELD_OUT, HELD_OUT, offload=True)
+        name: Job(PruneConfig.model_validate(method), WINDOWS - HELD_OUT, HELD_OUT, offload=True, gpu=True)
         for name, method in METHODS.items()
     }
     print("| model | block, GiB | weights, all / offloaded | states, Wanda / joint | work, Wanda / joint | disk |")

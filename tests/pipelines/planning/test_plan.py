@@ -94,6 +94,11 @@ def test_an_offloaded_model_has_its_next_block_on_the_host_while_a_gpu_works():
     assert blocks.host == asked.memory(MODEL).states + 600
 
 
+def test_a_gpu_holds_the_parts_of_factors_in_a_refit():
+    gpu = replace(job(), gpu=True)
+    assert gpu.memory(MODEL).work - job().memory(MODEL).work == 2 * 4 * 20 * 20
+
+
 def test_memory_and_disk_by_hand():
     held = job().memory(MODEL)
     assert (held.weights, held.copy) == (2000, 0)

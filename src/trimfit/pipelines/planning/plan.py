@@ -124,7 +124,8 @@ def plan_prune(source: str, config: PruneConfig, calibration: CalibrationConfig,
     calibration.check_files(length)
     held_out = held_out_count(calibration.samples, config.held_out)
     fit = calibration.samples - held_out
-    job = Job(config, fit, held_out, target.offload, may_offload=calibration.source != SELF)
+    gpu, may_offload = target.device.type == "cuda", calibration.source != SELF
+    job = Job(config, fit, held_out, target.offload, may_offload=may_offload, gpu=gpu)
     return _plan(source, model, job, target)
 
 

@@ -39,7 +39,7 @@ Costs = dict[str, Counter[str]]
 class Job:
     """What is to be done: a config, over (`fit` + `held_out`) windows; `offload` as for `prune_checkpoint`.
 
-    `solver_steps`: of an average refit. `may_offload`: whether that may be asked for.
+    `solver_steps`: of an average refit. `may_offload`: whether that may be asked for. `gpu`: whether a CUDA device works.
     """
 
     config: PruneConfig
@@ -48,6 +48,7 @@ class Job:
     offload: bool = False
     solver_steps: int = SOLVER_STEPS
     may_offload: bool = True
+    gpu: bool = False
 
     @property
     def windows(self) -> int:
@@ -353,7 +354,9 @@ def _work(group: GroupOutline, model: Outline, job: Job) -> float:
     square, weights = float(group.inputs) ** 2, float(max(group.rows)) * group.inputs
     factored = 8 * (4 * square) + 2 * 4 * square  # H, damped, factor, inverse; two in float32
     layer = (6 * 4 + 8 + 1) * weights
-    chunk = min(_CHUNK_BYTES, 10 * 8 * weights) + 2 * 4 * square  # on a GPU the two in float32 are split in parts
+    chunk = min(_CHUNK_BYTES, 10 * 8 * weights)
+    if job.gpu:
+        chunk += 2 * 4 * square  # the two in float32 are held in parts
     selecting = 0.0
     if job.config.selector == "joint":
         selecting = 12 * 4 * weights + 3 * 8 * weights + 4 * 4 * square

@@ -39,7 +39,7 @@ Costs = dict[str, Counter[str]]
 class Job:
     """What is to be done: a config, over (`fit` + `held_out`) windows; `offload` as for `prune_checkpoint`.
 
-    `solver_steps`: of an average refit. `may_offload`: whether that may be asked for. `gpu`: whether a CUDA device works.
+    `solver_steps`: of an average refit. `may_offload`: whether that may be asked for. `gpu`: whether it runs on CUDA.
     """
 
     config: PruneConfig

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from families import FAMILIES, VOCABULARY, for_each, make_word_tokenizer
 from tokenizers import processors
 from torch import Tensor
@@ -390,12 +391,31 @@ def test_as_a_calibration_source(
     monkeypatch.chdir(tmp_path)
     model = FAMILIES["llama"].build()
     config = CalibrationConfig(source="self", samples=3, seed=5)
-    sample = config.self_sample(bos_tokenizer, model, batch_size=2)
-    assert sample is not None
+    windows, sample = config.draw(bos_tokenizer, model, batch_size=2)
+    assert sample is not None and torch.equal(windows, sample.windows)
     assert sample.windows.shape == (3, 64), "the model's context"
     assert torch.equal(config.windows(bos_tokenizer, model), sample.windows)
     drawn = sample_from_model(model, bos_tokenizer, samples=3, length=64, seed=5)
     assert torch.equal(drawn.windows, sample.windows)
     file = CalibrationConfig(source="./self", samples=1, sequence_length=8)
-    assert file.self_sample(bos_tokenizer, model) is None
-    assert file.windows(bos_tokenizer, model).tolist() == [[BOS] + [9] * 7]
+    windows, sample = file.draw(bos_tokenizer, model)
+    assert sample is None and windows.tolist() == [[BOS] + [9] * 7]
+
+
+def test_beside_a_text(bos_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """The model's own windows come first, as it would write them alone, and those of the text as without them."""
+    text = tmp_path / "text.txt"
+    text.write_text("w9 w8 " * 100)
+    model = FAMILIES["llama"].build()
+    config = CalibrationConfig(source=str(text), samples=3, own_samples=2, sequence_length=8, seed=5)
+    windows, sample = config.draw(bos_tokenizer, model)
+    assert (config.count, config.written) == (5, 2)
+    own = sample_from_model(model, bos_tokenizer, samples=2, length=8, seed=5)
+    assert sample is not None and torch.equal(sample.windows, own.windows)
+    given = config.model_copy(update={"own_samples": 0}).windows(bos_tokenizer, model)
+    assert torch.equal(windows, torch.cat([own.windows, given]))
+
+
+def test_a_model_that_writes_all_windows_writes_none_beside_them() -> None:
+    with pytest.raises(ValidationError, match="own_samples are windows beside those of a text"):
+        CalibrationConfig(source="self", own_samples=1)

@@ -56,7 +56,7 @@ def test_the_windows_and_how_they_look_are_kept(prune: Prune, tiny: Path, tmp_pa
 
     dense = load_checkpoint(str(tiny))
     config = CalibrationConfig(source="self", samples=8, sequence_length=24)
-    sample = config.self_sample(dense.tokenizer, dense.model)
+    sample = config.draw(dense.tokenizer, dense.model)[1]
     assert sample is not None
     digest = hashlib.sha256(sample.windows.numpy().tobytes()).hexdigest()
     assert record["fingerprints"]["tokens"] == digest
@@ -90,6 +90,32 @@ def test_the_run_can_be_repeated_by_seed_and_from_the_kept_windows(prune: Prune,
     assert reused["layers"][0]["final"] == read_record(first)["layers"][0]["final"]
     assert reused["self_sample"] is None
     assert not (tmp_path / "reused" / "calibration.npy").exists()
+
+
+def test_windows_of_its_own_beside_a_text(prune: Prune, tiny: Path, text: Path, tmp_path: Path) -> None:
+    """They are kept; the windows that are held out are of the text."""
+    outcome = prune("out", "--own-samples", "4", calibration=text)
+    assert outcome.status == 0, outcome.stderr
+    assert "and 4 windows that the model wrote)" in " ".join(outcome.stdout.split())
+    assert nothing_but(tmp_path / "out", WRITTEN)
+    record = read_record(tmp_path / "out")
+    assert (record["windows"], record["held_out_windows"]) == (10, 2)
+    dense = load_checkpoint(str(tiny))
+    config = CalibrationConfig(source=str(text), samples=8, own_samples=4, sequence_length=24)
+    windows, sample = config.draw(dense.tokenizer, dense.model)
+    assert sample is not None
+    assert record["fingerprints"]["tokens"] == hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    assert record["self_sample"] == pytest.approx(sample.record())
+    kept = np.load(tmp_path / "out" / "calibration.npy")
+    assert sorted(kept.tolist()) == sorted(sample.windows.tolist())
+
+    assert prune("none", calibration=text).status == 0
+    assert weights_of(tmp_path / "none") != weights_of(tmp_path / "out")
+    for options, source in ((["--own-samples", "4"], "self"), (["--own-samples", "4", "--offload"], text)):
+        refused = prune("refused", *options, calibration=source)
+        assert is_one_sentence(refused)
+        assert "--own-samples" in refused.stderr or "own_samples" in refused.stderr
+        assert not (tmp_path / "refused").exists()
 
 
 def test_an_older_output_is_replaced_as_a_whole(prune: Prune, tmp_path: Path) -> None:

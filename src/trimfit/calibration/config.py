@@ -1,9 +1,10 @@
 """Which calibration windows a run asks for."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from trimfit.calibration.self_sampling import AT_ONCE, SelfSample, sample_from_model
@@ -33,6 +34,7 @@ class CalibrationConfig(BaseModel):
     - `field`: name of the text in each line of .jsonl, or column of the data set.
     - `split`: of a data set on the hub.
     - `samples`: windows to draw.
+    - `own_samples`: windows that the model writes itself beside those: they come first.
     - `sequence_length`: tokens in each, capped by the model's context; None is the context, but at most 2048.
     - `seed`: of the draw.
     """
@@ -43,34 +45,53 @@ class CalibrationConfig(BaseModel):
     field: str = "text"
     split: str = "train"
     samples: int = Field(default=128, ge=1, lt=2**31)
+    own_samples: int = Field(default=0, ge=0, lt=2**31)
     sequence_length: int | None = Field(default=None, ge=2)
     seed: int = Field(default=0, ge=0, lt=2**63)
 
+    @model_validator(mode="after")
+    def _check_own(self) -> Self:
+        if self.source == SELF and self.own_samples:
+            raise ValueError("own_samples are windows beside those of a text: with the source self raise samples")
+        return self
+
+    @property
+    def count(self) -> int:
+        """Of all windows."""
+        return self.samples + self.own_samples
+
+    @property
+    def written(self) -> int:
+        """How many of them the model writes."""
+        return self.samples if self.source == SELF else self.own_samples
+
     def windows(self, tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> Tensor:
-        """(samples, length) int64 token ids. Raises `InputError` for a source that cannot be used."""
-        sample = self.self_sample(tokenizer, model)
-        if sample is not None:
-            return sample.windows
+        """(count, length) int64 token ids. Raises `InputError` for a source that cannot be used."""
+        return self.draw(tokenizer, model)[0]
+
+    def draw(
+        self, tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", *, batch_size: int = AT_ONCE
+    ) -> tuple[Tensor, SelfSample | None]:
+        """The windows, and those of them that the model writes, `batch_size` at a time, if there are such.
+
+        Raises `InputError` as `windows` and `sample_from_model` do.
+        """
         length = window_length(self.sequence_length, model.config)
+        given = None if self.source == SELF else self._of_source(tokenizer, length)  # what is wrong with it comes first
+        if not self.written:
+            assert given is not None
+            return given, None
+        sample = sample_from_model(
+            model, tokenizer, samples=self.written, length=length, seed=self.seed, batch_size=batch_size
+        )
+        return sample.windows if given is None else torch.cat([sample.windows, given]), sample
+
+    def _of_source(self, tokenizer: "PreTrainedTokenizerBase", length: int) -> Tensor:
         if self._is_ids:
             return self._from_ids(length)
         documents = encode_documents(tokenizer, self.documents())
         bos = added_tokens(tokenizer).bos
         return sample_windows(documents, samples=self.samples, length=length, seed=self.seed, bos=bos)
-
-    def self_sample(
-        self, tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", *, batch_size: int = AT_ONCE
-    ) -> SelfSample | None:
-        """The windows that the model writes, `batch_size` at a time, and how they look; None unless source is "self".
-
-        Raises `InputError` as `sample_from_model` does.
-        """
-        if self.source != SELF:
-            return None
-        length = window_length(self.sequence_length, model.config)
-        return sample_from_model(
-            model, tokenizer, samples=self.samples, length=length, seed=self.seed, batch_size=batch_size
-        )
 
     def check_files(self, length: int) -> None:
         """Raises `InputError` for a file that `windows` cannot use for windows of `length` tokens.

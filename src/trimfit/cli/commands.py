@@ -86,6 +86,7 @@ def prune(
     field: options.Field = "text",
     split: options.Split = "train",
     samples: options.Samples = 128,
+    own_samples: options.OwnSamples = 0,
     sequence_length: options.SequenceLength = None,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 8,
@@ -126,7 +127,7 @@ def prune(
             observer=observer,
         )
     if ranks.is_first:
-        show.prune(report, calibration, output, as_json=json)
+        show.prune(report, windows, output, as_json=json)
 
 
 def prune_configs(given: dict[str, Any]) -> tuple["PruneConfig", "CalibrationConfig"]:
@@ -174,6 +175,7 @@ def quantize(
     field: options.Field = "text",
     split: options.Split = "train",
     samples: options.Samples = 128,
+    own_samples: options.OwnSamples = 0,
     sequence_length: options.SequenceLength = None,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 8,
@@ -218,7 +220,7 @@ def quantize(
             observer=observer,
         )
     if ranks.is_first:
-        show.quantize(report, calibration, checked, output, as_json=json)
+        show.quantize(report, windows, checked, output, as_json=json)
 
 
 def quantize_configs(given: dict[str, Any]) -> tuple["QuantizeConfig", "CalibrationConfig | None", "Format"]:

@@ -24,6 +24,7 @@ Calibration = Annotated[
 Field = Annotated[str, typer.Option(help="Field with the text in .jsonl or a data set.")]
 Split = Annotated[str, typer.Option(help="Split of a hub data set.")]
 Samples = Annotated[int, typer.Option(help="Calibration windows.")]
+OwnSamples = Annotated[int, typer.Option(help="Windows that MODEL writes itself, beside those of a text.")]
 SequenceLength = Annotated[
     int | None,
     typer.Option(help="Tokens in a calibration window. \\[default: the model's context, at most 2048]"),

@@ -27,8 +27,9 @@ def resume(
             finished = go_on(directory.expanduser(), device=here, ranks=ranks, observer=observer)
         if not ranks.is_first:
             return
-        data = finished.calibration.source if finished.calibration else None
+        data = finished.calibration
         if isinstance(finished.report, PruneReport):
-            show.prune(finished.report, str(data), finished.out, as_json=json)
+            assert data is not None
+            show.prune(finished.report, data, finished.out, as_json=json)
         else:
             show.quantize(finished.report, data, finished.file_format, finished.out, as_json=json)

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
-from trimfit.calibration.config import DEMO
+from trimfit.calibration.config import DEMO, CalibrationConfig
 from trimfit.demo.run import PROMPT, DemoRow
 from trimfit.evaluate import Score
 from trimfit.pipelines import Finished, LayerRecord, Observer, PruneReport, QuantizedRecord, QuantizeReport
@@ -93,7 +93,7 @@ class _Bar:
             self._bar.reset(self._task)
 
 
-def prune(report: PruneReport, calibration: str, out: Path, *, as_json: bool) -> None:
+def prune(report: PruneReport, calibration: CalibrationConfig, out: Path, *, as_json: bool) -> None:
     """Summary of a prune run."""
     if as_json:
         _print_json({"output": str(out), **report.model_dump()})
@@ -111,7 +111,7 @@ def prune(report: PruneReport, calibration: str, out: Path, *, as_json: bool) ->
         f"{len(report.layers)} layers{f', {kept} of them kept dense,' if kept else ''} pruned to "
         f"{report.sparsity:.2%} zeros with {config.selector} "
         f"({config.pattern or f'sparsity {config.mask_pattern.sparsity:g}'}), refit {config.refit}; "
-        f"{tokens:,} calibration tokens ({calibration}), {report.held_out_windows} windows held out"
+        f"{tokens:,} calibration tokens ({_data(calibration)}), {report.held_out_windows} windows held out"
     )
     if report.certificate is not None:
         unfinished = sum(record.status not in (None, "optimal") for record in report.layers)
@@ -127,7 +127,7 @@ def prune(report: PruneReport, calibration: str, out: Path, *, as_json: bool) ->
     _weighed(console, report)
     _few_tokens(console, report.layers)
     _close_fit(console, report)
-    if calibration == DEMO:
+    if calibration.source == DEMO:
         console.print(
             "calibrated on source code of Python's standard library: for a model of anything else give --calibration "
             "a text of its own kind, or self for what it writes itself"
@@ -138,7 +138,14 @@ def prune(report: PruneReport, calibration: str, out: Path, *, as_json: bool) ->
     )
 
 
-def quantize(report: QuantizeReport, calibration: str | None, form: str, out: Path, *, as_json: bool) -> None:
+def _data(calibration: CalibrationConfig) -> str:
+    own = calibration.own_samples
+    return calibration.source + (f", and {own} windows that the model wrote" if own else "")
+
+
+def quantize(
+    report: QuantizeReport, calibration: CalibrationConfig | None, form: str, out: Path, *, as_json: bool
+) -> None:
     """Summary of a quantization."""
     if as_json:
         _print_json({"output": str(out), "file_format": form, **report.model_dump()})
@@ -155,7 +162,7 @@ def quantize(report: QuantizeReport, calibration: str | None, form: str, out: Pa
     if calibration is None:
         console.print("no data was asked for or read, and no forward pass was run")
     else:
-        console.print(f"{report.windows * report.window_length:,} calibration tokens ({calibration})")
+        console.print(f"{report.windows * report.window_length:,} calibration tokens ({_data(calibration)})")
     console.print(f"mean weight error {report.weight_error:.4f} (squared, relative)")
     online = form == "packed" and report.online_multiply_adds > 0  # dense weights have them multiplied in
     if online:

@@ -19,7 +19,7 @@ class CheckpointRecord:
     """How a compressed model came about.
 
     - `source`, `fingerprint`: of the dense model; `device`: where it was.
-    - `calibration`, `windows`: None where no data was used; `sample` is given when the model wrote them itself.
+    - `calibration`, `windows`: None where no data was used; `sample` are those that the model wrote itself, if any.
     - `run`: tells the output of one run from that of another.
     """
 

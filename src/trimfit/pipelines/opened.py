@@ -9,7 +9,6 @@ from typing import Self
 import torch
 
 from trimfit.calibration import CalibrationConfig
-from trimfit.calibration.config import SELF
 from trimfit.checkpoints import Checkpoint, atomic_directory, check_space, fingerprint, save_checkpoint
 from trimfit.checkpoints.patch import PatchedShards, check_patchable
 from trimfit.checkpoints.stream import Stream, find_stream
@@ -134,10 +133,11 @@ class Offloaded:
 
 def check_text(calibration: CalibrationConfig) -> None:
     """Raises `InputError` for calibration that a model cannot give while it is offloaded."""
-    if calibration.source == SELF:
+    if calibration.written:
+        instead = "leave out --own-samples" if calibration.own_samples else "give --calibration a text"
         raise InputError(
             "a model that is offloaded cannot write its own windows, as each token would read all of its weights: "
-            "give --calibration a text, or leave out --offload"
+            f"{instead}, or leave out --offload"
         )
 
 

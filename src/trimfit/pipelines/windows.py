@@ -17,11 +17,10 @@ _WRITTEN_AT_ONCE = 4
 def draw_windows(
     checkpoint: Checkpoint, calibration: CalibrationConfig, batch_size: int, observer: Observer
 ) -> tuple[Tensor, SelfSample | None]:
-    """(samples, length) int64 token ids; and how they look if the model wrote them itself."""
+    """(count, length) int64 token ids; and those of them that the model wrote itself, with how they look."""
     observer.stage(f"calibration windows from {calibration.source}")
-    model, tokenizer = checkpoint.model, checkpoint.tokenizer
-    sample = calibration.self_sample(tokenizer, model, batch_size=_WRITTEN_AT_ONCE * batch_size)
-    return (sample.windows, sample) if sample else (calibration.windows(tokenizer, model), None)
+    at_once = _WRITTEN_AT_ONCE * batch_size
+    return calibration.draw(checkpoint.tokenizer, checkpoint.model, batch_size=at_once)
 
 
 def digest(windows: Tensor) -> str:

@@ -353,7 +353,7 @@ def test_the_model_writes_its_own_calibration(tmp_path: Path, word_tokenizer: Pr
     calibration = CalibrationConfig(source="self", samples=6, sequence_length=LENGTH)
     report = quantize_checkpoint(source, tmp_path / "out", config(), calibration, device=CPU)
     dense = load_checkpoint(source)
-    sample = calibration.self_sample(dense.tokenizer, dense.model, batch_size=32)
+    sample = calibration.draw(dense.tokenizer, dense.model, batch_size=32)[1]
     assert sample is not None
     quantize(dense.model, config(), sample.windows)
     assert_loads_as(dense.model, tmp_path / "out")

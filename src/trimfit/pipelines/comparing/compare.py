@@ -68,7 +68,7 @@ def compare(
     grid, out = config.grid(), Path(out)
     _check_out(out)
     check_limit(limit)
-    check_damping(config.settings.damping, config.settings.held_out, calibration.samples)
+    check_damping(config.settings.damping, config.settings.held_out, calibration.count)
     asked = Tasks(tasks) if tasks else None  # before the model, so that a mistyped name is told at once
     documents = read_modules(EVALUATION) if text == "demo" else read_documents(text, field=field, split=split)
     observer.stage(f"loading {source}")

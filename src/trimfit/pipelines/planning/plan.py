@@ -11,7 +11,6 @@ from pydantic import BaseModel, ByteSize, ConfigDict
 from transformers import PreTrainedModel
 
 from trimfit.calibration import CalibrationConfig, held_out_count, window_length
-from trimfit.calibration.config import SELF
 from trimfit.checkpoints import load_tokenizer, read_config
 from trimfit.errors import InputError
 from trimfit.models import Block
@@ -122,9 +121,9 @@ def plan_prune(source: str, config: PruneConfig, calibration: CalibrationConfig,
 
     model = outline(model_config, dtype, length, config.ignore, check)
     calibration.check_files(length)
-    held_out = held_out_count(calibration.samples, config.held_out)
-    fit = calibration.samples - held_out
-    gpu, may_offload = target.device.type == "cuda", calibration.source != SELF
+    held_out = held_out_count(calibration.count, config.held_out)
+    fit = calibration.count - held_out
+    gpu, may_offload = target.device.type == "cuda", not calibration.written
     job = Job(config, fit, held_out, target.offload, may_offload=may_offload, gpu=gpu)
     return _plan(source, model, job, target)
 
@@ -148,8 +147,8 @@ def plan_quantize(
     if calibration is not None:
         calibration.check_files(length)
     by_block = target.offload or (format == "packed" and calibration is None)
-    may_offload = format != "gguf" and (calibration is None or calibration.source != SELF)
-    windows = 0 if calibration is None else calibration.samples
+    may_offload = format != "gguf" and (calibration is None or not calibration.written)
+    windows = 0 if calibration is None else calibration.count
     return _plan(source, model, QuantizeJob(config, format, windows, by_block, may_offload), target)
 
 

@@ -171,12 +171,12 @@ class RunDirectory:
         kept = self._windows
         if kept is not None and kept["sample"] is not None:
             windows = load_file(self.path / _WINDOWS)["windows"]
-            return windows, SelfSample(windows=windows, **kept["sample"])
+            return windows, SelfSample(windows=windows[: kept["written"]], **kept["sample"])
         windows, sample = draw()
         if kept is None:
             record: dict[str, Any] = {"tokens": digest(windows), "sample": sample.record() if sample else None}
             if sample is not None:
-                record |= self._write(_WINDOWS, {"windows": windows})
+                record |= {"written": len(sample.windows), **self._write(_WINDOWS, {"windows": windows})}
             self._journal.append(record)
             self._windows = record
         elif digest(windows) != kept["tokens"]:

@@ -3,7 +3,7 @@
     python benchmarks/capture_grams.py demo GRAMS.safetensors --blocks 0 3 5 --samples 32 --sequence-length 256
     python benchmarks/looks.py GRAMS.safetensors
 
-Half of the weights of each row kept by Wanda's score, refitted to a gap of 1e-3. Prints a Markdown table: steps of a
+Half of the weights of each row kept by Wanda's score, refitted to --tolerance. Prints a Markdown table: steps of a
 row on the average, with those in which it was still in the batch although it had been finished.
 """
 
@@ -13,30 +13,36 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from trimfit import ConjugateGradients, FactoredGram, refit
 from trimfit.refit import conjugate_gradients, iteration
 
-WAYS = {  # steps between two looks, and whether what is seen is that of the look before
-    "every step, at once": (1, False),
-    "every step, one late": (1, True),
-    "every second, one late": (2, True),
-    "every fourth, one late": (4, True),
+WAYS = {  # steps between two looks, and how what is found at a look is used
+    "every step, at once": (1, "at once"),
+    "every second, at once": (2, "at once"),
+    "every step, a look late": (1, "late"),
+    "every second, a look late": (2, "late"),
+    "every fourth, a look late": (4, "late"),
+    "every step, foreseen a look before": (1, "foreseen"),
+    "every second, foreseen a look before": (2, "foreseen"),
 }
 
 
 class Late:
-    """As on a GPU."""
+    """What was found at the look before."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self) -> None:
         self._seen: Tensor | None = None
 
-    def take(self, unfinished: Tensor) -> tuple[Tensor, int]:
+    def take(self, bound: Tensor, enough: Tensor) -> tuple[Tensor, int]:
+        unfinished = bound > enough
         seen, self._seen = self._seen, unfinished
         return (unfinished, len(unfinished)) if seen is None else (seen, int(seen.sum()))
+
+    def rows(self, index: Tensor) -> "Late":
+        return Late()
 
 
 class Counting(conjugate_gradients._Rows):
@@ -52,7 +58,9 @@ class Counting(conjugate_gradients._Rows):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grams", type=Path)
-    tensors = load_file(parser.parse_args().grams)
+    parser.add_argument("--tolerance", type=float, default=1e-4)
+    arguments = parser.parse_args()
+    tensors = load_file(arguments.grams)
     print(f"| layer | {' | '.join(WAYS)} |\n|---|{'---|' * len(WAYS)}")
     totals = dict.fromkeys(WAYS, 0.0)
     for name in (key.removesuffix(".weight") for key in tensors if key.endswith(".weight")):
@@ -61,9 +69,9 @@ def main() -> None:
         score = weight.abs() * gram.raw.diagonal().sqrt().float()
         mask = score >= score.median(1, keepdim=True).values
         cells: list[str] = []
-        for way, (every, late) in WAYS.items():
-            with _looking(every, late):
-                refit(gram, weight, mask, solver=ConjugateGradients(tolerance=1e-3))
+        for way, (every, how) in WAYS.items():
+            with _looking(every, how):
+                refit(gram, weight, mask, solver=ConjugateGradients(tolerance=arguments.tolerance))
             steps = Counting.rows_multiplied / len(weight)
             totals[way] += steps
             cells.append(f"{steps:.1f}")
@@ -73,10 +81,11 @@ def main() -> None:
 
 
 @contextmanager
-def _looking(every: int, late: bool) -> Generator[None]:
+def _looking(every: int, how: str) -> Generator[None]:
     Counting.rows_multiplied = 0
+    looks = iteration._Looks
     with (
-        mock.patch.object(iteration, "_Looks", Late if late else iteration._Looks),
+        mock.patch.object(iteration, "_Looks", lambda late: Late() if how == "late" else looks(late=how == "foreseen")),
         mock.patch.object(conjugate_gradients, "_Rows", Counting),
         mock.patch.dict(conjugate_gradients._CHECK_EVERY, masked_inverse=every),
     ):

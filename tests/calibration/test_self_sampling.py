@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from families import FAMILIES, VOCABULARY, for_each, make_word_tokenizer
+from pydantic import ValidationError
 from tokenizers import processors
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast

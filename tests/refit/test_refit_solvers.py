@@ -118,27 +118,39 @@ def test_settings_of_some_solvers():
         ConjugateGradients("none")  # type: ignore[arg-type]
 
 
-class Done:
-    """An event of a device that is always done."""
-
-    def record(self) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-
 @pytest.mark.parametrize("name", ["diagonal", "masked_inverse"])
-def test_counts_that_come_a_look_late_change_nothing_but_steps(monkeypatch: pytest.MonkeyPatch, name: str):
-    """As on a GPU, where the host does not wait for them."""
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-4, 1e-7])
+def test_what_was_foreseen_a_look_before_changes_nothing_but_steps(
+    monkeypatch: pytest.MonkeyPatch, name: str, tolerance: float
+):
+    """As on a GPU, which always has a step to do while the host reads what goes on."""
     gram, weight, mask = make_layer(23, 32, decay=1.0)
     mask[:8, 3:] = False  # rows that are finished long before the others
-    solver = ConjugateGradients(name)
+    solver = ConjugateGradients(name, tolerance)
     in_time = refit(gram, weight, mask, solver=solver)
     module = importlib.import_module("trimfit.refit.iteration")
-    looks = module._Looks
-    monkeypatch.setattr(torch.cuda, "Event", Done)
-    monkeypatch.setattr(module, "_Looks", lambda device: looks(torch.device("cuda")))
+    looks, made = module._Looks, list[object]()
+    monkeypatch.setattr(module, "_Looks", lambda late: made.append(looks(late=True)) or made[-1])
     late = refit(gram, weight, mask, solver=solver)
-    assert late.status is in_time.status is Status.OPTIMAL
-    assert in_time.steps < late.steps <= in_time.steps + 2 * (4 if name == "diagonal" else 1)
+    assert made and late.status is in_time.status is Status.OPTIMAL
+    # What was foreseen too well is begun again, which takes a few steps more.
+    assert in_time.steps - 1 <= late.steps <= in_time.steps + (8 if name == "diagonal" else 4)
     reference = Reference(gram, weight, mask)
-    assert (reference.gap(late.weight) <= 1e-4 * reference.gain).all()
+    assert (reference.gap(late.weight) <= tolerance * reference.gain).all()
+
+
+def test_a_look_foresees_by_how_bounds_fall():
+    """Of three programs one falls tenfold a look, one rises, one is at 0."""
+    module = importlib.import_module("trimfit.refit.iteration")
+    looks, enough = module._Looks(late=True), torch.full((3,), 0.5)
+    assert looks.take(torch.tensor([100.0, 1.0, 0.0]), enough)[1] == 3  # nothing was seen before
+    unfinished, count = looks.take(torch.tensor([10.0, 2.0, 0.0]), enough)
+    assert (unfinished.tolist(), count) == ([True, True, False], 2)  # as at the first look
+    unfinished, count = looks.take(torch.tensor([4.0, 2.0, 0.0]), enough)
+    assert (unfinished.tolist(), count) == ([True, True, False], 2)  # 10 would be 1 now
+    unfinished, count = looks.take(torch.tensor([0.9, 2.0, 0.0]), enough)
+    assert (unfinished.tolist(), count) == ([True, True, False], 2)  # 4 would be 1.6
+    unfinished, count = looks.rows(torch.tensor([0, 1])).take(torch.tensor([0.9, 2.0]), enough[:2])
+    assert count == 2
+    unfinished, count = looks.take(torch.tensor([0.6, 2.0, 0.0]), enough)
+    assert (unfinished.tolist(), count) == ([False, True, False], 1)  # 0.9 would be 0.2

@@ -1,5 +1,6 @@
 """Preconditioned conjugate gradients on many quadratic programs at once: the mask acts on the residual."""
 
+from collections.abc import Callable
 from typing import Protocol, Self
 
 import torch
@@ -48,7 +49,7 @@ def iterate(
     x, r, gain = torch.zeros_like(keep), residual.to(keep.dtype, copy=True), gain.to(keep.dtype)
     z = _masked(system.precondition(r), keep, r)
     p, rz = z.clone(), _dot(r, z)
-    step, looks = 0, _Looks(residual.device)
+    step, looks = 0, _Looks(late=residual.device.type == "cuda")
     for step in range(1, max_steps + 1):
         q = system.multiply(p).mul_(keep)
         length = _ratio(rz, _dot(p, q))
@@ -60,39 +61,59 @@ def iterate(
         p = torch.addcmul(z, _wide(_ratio(rz, before), p), p)
         if step % check_every:
             continue
-        unfinished, count = looks.take(system.bound(r, rz) > _SAFETY * tolerance * gain)
+        unfinished, count = looks.take(system.bound(r, rz), _SAFETY * tolerance * gain)
         if count == 0:
             break
         if count <= _LEAVE_BELOW * len(rows):
             solution[rows] = x.to(solution.dtype)
             left = torch.nonzero_static(unfinished, size=count)[:, 0]
             rows, keep, x, r, p, rz, gain = (t[left] for t in (rows, keep, x, r, p, rz, gain))
-            system, looks = system.rows(left), _Looks(residual.device)
+            system, looks = system.rows(left), looks.rows(left)
     solution[rows] = x.to(solution.dtype)
     return solution, step
 
 
 class _Looks:
-    """How many programs go on, without waiting for the device: on a GPU what is seen is one look old.
+    """Which programs go on, without holding up a GPU: on that, what is seen was foreseen one look before.
 
-    The GPU has the next step to do while the host reads the count of the one before; nothing is lost by a step more.
+    The GPU has the steps up to this look to do while the host reads what was found at the look before: which programs
+    would not be finished now, if their bounds went on falling as they did.
     """
 
-    def __init__(self, device: torch.device):
-        self._late = device.type == "cuda"
-        self._pending: tuple[Tensor, Tensor, torch.cuda.Event] | None = None
+    def __init__(self, *, late: bool):
+        self._late = late
+        self._before: Tensor | None = None
+        self._pending: tuple[Tensor, Callable[[], int]] | None = None
 
-    def take(self, unfinished: Tensor) -> tuple[Tensor, int]:
-        """The programs (b,) that go on, and their number: now, or at the last look (all of them if there was none)."""
+    def take(self, bound: Tensor, enough: Tensor) -> tuple[Tensor, int]:
+        """The programs (b,) that go on, and their number; all of them where nothing was foreseen yet."""
         if not self._late:
+            unfinished = bound > enough
             return unfinished, int(unfinished.sum())
-        seen, event = self._pending, torch.cuda.Event()
-        self._pending = unfinished, unfinished.sum().to("cpu", non_blocking=True), event
-        event.record()
-        if seen is None:
-            return unfinished, len(unfinished)
-        seen[2].synchronize()
-        return seen[0], int(seen[1])
+        foreseen = bound if self._before is None else bound * _ratio(bound, self._before).clamp(max=1)
+        unfinished, pending, self._before = foreseen > enough, self._pending, bound
+        self._pending = unfinished, _on_its_way(unfinished.sum())
+        return (unfinished, len(unfinished)) if pending is None else (pending[0], pending[1]())
+
+    def rows(self, index: Tensor) -> "_Looks":
+        """Those of some programs."""
+        part = type(self)(late=self._late)
+        part._before = None if self._before is None else self._before[index]
+        return part
+
+
+def _on_its_way(number: Tensor) -> Callable[[], int]:
+    """Reads a number later, waiting for no more than what the device had to do until now."""
+    if number.device.type != "cuda":
+        return lambda: int(number)
+    copy, event = number.to("cpu", non_blocking=True), torch.cuda.Event()
+    event.record(torch.cuda.current_stream(number.device))  # that of the device, which need not be the current one
+
+    def read() -> int:
+        event.synchronize()
+        return int(copy)
+
+    return read
 
 
 def _masked(preconditioned: Tensor | None, keep: Tensor, residual: Tensor) -> Tensor:

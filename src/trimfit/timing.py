@@ -7,20 +7,34 @@ from contextvars import ContextVar
 
 import torch
 
+Mark = float | torch.cuda.Event
+
+_MOST_SPANS = 2**12
+
 _running: ContextVar["Clock | None"] = ContextVar("trimfit_clock", default=None)
 
 
 class Clock:
     """Seconds of each stage; of a stage within another, only the inner one counts them.
 
-    `device` is waited for at the borders of stages, so that what it still computes is counted where it belongs.
+    On a GPU the borders of stages are marks in what it has to do, so that nothing waits for it there: a stage has the
+    seconds that the GPU took for it, and those in which it waited for the host.
     """
 
     def __init__(self, device: torch.device):
-        self.seconds: dict[str, float] = {}
         self._device = device
+        self._seconds: dict[str, float] = {}
         self._stack: list[str] = []
-        self._since = 0.0
+        self._since: Mark | None = None
+        self._spans: list[tuple[str, Mark, Mark]] = []  # not summed up yet
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of each stage until now; waits for the device."""
+        for name, start, end in self._spans:
+            self._seconds[name] = self._seconds.get(name, 0.0) + _between(start, end)
+        self._spans.clear()
+        return dict(self._seconds)
 
     @contextmanager
     def running(self) -> Generator[None]:
@@ -47,13 +61,28 @@ class Clock:
         self._stack.pop()
 
     def _count(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        if self._stack:
-            stage = self._stack[-1]
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
+        now = _mark(self._device)
+        if self._stack and self._since is not None:
+            self._spans.append((self._stack[-1], self._since, now))
+            if len(self._spans) == _MOST_SPANS:
+                _ = self.seconds
         self._since = now
+
+
+def _mark(device: torch.device) -> Mark:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _between(start: Mark, end: Mark) -> float:
+    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        end.synchronize()
+        return start.elapsed_time(end) / 1000  # of milliseconds
+    assert isinstance(start, float) and isinstance(end, float)
+    return end - start
 
 
 @contextmanager

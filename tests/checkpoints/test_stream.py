@@ -155,6 +155,25 @@ def test_reading_ahead_does_not_wait():
     assert read in (["a", "d"], ["d"])  # b and c were never begun
 
 
+def test_nothing_is_read_ahead_for_a_run_that_was_stopped(make: Any, monkeypatch: pytest.MonkeyPatch):
+    go_on, read = Event(), list[str]()
+    stream = replace(stream_of(make("qwen2", 5_000)), ahead=Ahead())
+
+    def slow(name: str) -> Tensor:
+        assert go_on.wait(60)
+        read.append(name)
+        return torch.ones(2)
+
+    with pytest.raises(KeyboardInterrupt), stream.loaded(FIRST):
+        assert stream.ahead
+        stream.ahead.begin(["a", "b", "c"], slow)
+        raise KeyboardInterrupt
+    stream.ahead.begin(["d"], slow)
+    go_on.set()
+    assert stream.ahead.take("d") is not None
+    assert read in (["a", "d"], ["d"])
+
+
 def test_mixed_dtypes_become_those_of_the_model(make: Any):
     """The rest is float32, and so says the config; a norm was stored in bfloat16."""
     directory = make()

@@ -16,9 +16,14 @@ class Ahead:
 
     def begin(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
         """What was begun before and not taken is forgotten."""
+        self.forget()
+        self._coming = {name: self._thread.submit(_in_memory, name, read) for name in names}
+
+    def forget(self) -> None:
+        """Nothing more is read but the tensor that is being read."""
         for unused in self._coming.values():
             unused.cancel()
-        self._coming = {name: self._thread.submit(_in_memory, name, read) for name in names}
+        self._coming = {}
 
     def take(self, name: str) -> Tensor | None:
         """As soon as it is read, or None if it was not begun. Raises what reading it raised."""

@@ -63,6 +63,10 @@ class Stream:
             self._begin([name for name in self.places if name.startswith(f"{then}.")])
         try:
             yield
+        except BaseException:
+            if self.ahead:
+                self.ahead.forget()  # or the process would end no sooner than all of it is read
+            raise
         finally:
             module.to("meta")
 

@@ -15,6 +15,7 @@ from trimfit.checkpoints import load_tokenizer, read_config
 from trimfit.errors import InputError
 from trimfit.models import Block
 from trimfit.models.outline import Outline, outline
+from trimfit.models.states import pinned_bytes
 from trimfit.pipelines.environment import peak_memory
 from trimfit.pipelines.opened import check_text
 from trimfit.pipelines.planning.prune_cost import Job, Memory, seconds
@@ -185,7 +186,11 @@ def _plan(source: str, model: Outline, job: AnyJob, target: Target) -> Plan:
 def memory_peaks(model: Outline, job: AnyJob, limit: int | None, room: Capacity) -> list[Peak]:
     """By stage; the largest is what is needed."""
     held = job.memory(model)
-    states = held.states if limit is None else min(held.states, limit)
+    states = held.states
+    if room.device is not None and job.offload and states:
+        batch = min(job.config.batch_size, job.windows) * model.length * model.hidden * model.dtype.itemsize
+        states *= pinned_bytes(batch) / batch
+    states = states if limit is None else min(states, limit)
     tensor = model.vocabulary * model.hidden * model.dtype.itemsize  # the largest, read again to be verified
     opened = tensor + held.weights if job.offload else model.bytes
     saved = opened if job.offload else model.bytes + tensor
@@ -204,10 +209,11 @@ def memory_peaks(model: Outline, job: AnyJob, limit: int | None, room: Capacity)
 def _blocks(held: Memory, states: float, job: AnyJob) -> tuple[float, float]:
     """Bytes on the host and on a device apart from it: hidden states wait on the device unless the model is offloaded.
 
-    What is above a limit is in files, which the host maps while it uses them. The next block is read ahead on the host.
+    What is above a limit is in files, which the host maps while it uses them. The next block is read ahead on the host,
+    tensor by tensor, each in up to twice its size.
     """
     on_device = held.weights + held.copy + held.work
-    return (states + held.block, on_device) if job.offload else (0.0, on_device + states)
+    return (states + 2 * held.block, on_device) if job.offload else (0.0, on_device + states)
 
 
 def disk_bytes(model: Outline, job: AnyJob, limit: int | None) -> int:

@@ -109,10 +109,12 @@ class Bench:
         self._reference: PreTrainedModel | None = None
         self.dense = self.score()
 
-    def windows(self, source: str, seed: int, samples: int | None = None) -> Tensor:
-        """(samples, length) calibration windows; those of "self" are written by the model as it is now."""
+    def windows(self, source: str, seed: int, samples: int | None = None, own: int = 0) -> Tensor:
+        """(own + samples, length) calibration windows: `own`, and those of "self", the model writes as it is now."""
         samples = samples or self._samples
-        config = CalibrationConfig(source=source, samples=samples, sequence_length=self.length, seed=seed)
+        config = CalibrationConfig(
+            source=source, samples=samples, own_samples=own, sequence_length=self.length, seed=seed
+        )
         return config.windows(self.tokenizer, self.model)
 
     def restore(self) -> None:

@@ -4,9 +4,8 @@
     python benchmarks/gpu.py [--shapes Llama-3.2-1B Llama-3.1-8B Gemma-2-9B] [--blocks 4] [--windows 128 --length 2048]
     python benchmarks/gpu.py --size tiny                                          # on any CPU, in seconds
 
-Nothing is downloaded: models are built from their configs, with weights whose activations have
-spectra and outlier channels like those of trained models (synthetic.py tells how), and written to a temporary directory
-(--folder), where there must be room for two of the largest. `--shapes tiny --windows 8 --length 64` is a first try on a
+Nothing is downloaded: models are built from their configs, with weights whose activations have spectra and outlier
+channels like those of trained models (synthetic.py tells how), and written to a temporary directory (--folder), where there must be room for two of the largest. `--shapes tiny --windows 8 --length 64` is a first try on a
 GPU; `--size tiny` stays on the CPU. Each row is a whole `prune --offload` of that checkpoint, from its files to the
 output's; "opening and closing" is what is before and behind the blocks: fingerprint, windows, verification. With
 --blocks K only the first K blocks are built and pruned; the column "whole model" is then the time multiplied by
@@ -15,9 +14,9 @@ passes of the allocation of `joint`.
 
 Shares are what the arithmetic of docs/scale.md counts for a stage, over the time that the stage took and the rate that
 was measured in the same run: of a large matrix product in the dtype concerned ("GEMM"), of a copy ("memory"). Products
-within the solver are counted where they are made: on a GPU they are in TF32, or three of it for one, which are three for
-the share of the TF32 rate ("of TF32 GEMM": how near the device is to its limit, which is to be half at least) and one for
-that of the float32 rate. For matrices so badly conditioned that the solver works in float64 both say too little.
+within the solver are counted where they are made: on a GPU they are in TF32, or three of it for one, which are three
+for the share of the TF32 rate ("of TF32 GEMM": how near the device is to its limit, which is to be half at least) and
+one for that of the float32 rate. Of matrices so badly conditioned that the solver works in float64 both say too little.
 """
 
 import argparse

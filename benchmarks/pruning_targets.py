@@ -5,7 +5,7 @@
         --task continuation:SECOND_HALF
 
 - `best`: joint masks with an allocation by measured cost, refit, target "dense": the defaults of `trimfit prune`.
-- `best, self`: the same on windows that the model itself wrote.
+- `best, self`: the same on windows that the model itself wrote; `best, own too`: on as many of these beside the others.
 - `layer target`, `all of the way`, `uniform`, `equal rows`, `given order`, `auto damping`, `left alone`: the best with
   one part changed: the target, `dense_share=1`, the allocation, the weights of rows of Q and K, no reordered inputs,
   damping chosen on held-out windows, no refit of layers that an N:M pattern does not divide. Run when they are named
@@ -22,6 +22,7 @@ dense model's predictions, in nats.
 Prints each cell as it comes, then Markdown tables.
 """
 
+import argparse
 import itertools
 import json
 import math
@@ -31,6 +32,7 @@ from typing import Any
 
 from alps import alps
 from common import PATTERNS, Bench, add_task, indivisible, machine, mean_std, parser
+from torch import Tensor
 
 import trimfit
 from trimfit.masks import SELECTORS, Selector
@@ -39,6 +41,7 @@ PLAIN: dict[str, Any] = {"target": "layer", "guard": False}
 METHODS: dict[str, dict[str, Any]] = {
     "best": {},
     "best, self": {},
+    "best, own too": {},
     "layer target": {"target": "layer"},
     "all of the way": {"dense_share": 1.0},
     "uniform": {"allocation": "uniform"},
@@ -67,8 +70,7 @@ def main() -> None:
     cells: list[dict[str, Any]] = []
     for seed in range(arguments.seeds):
         bench.restore()
-        sources = {"self" if name.endswith("self") else arguments.calibration for name in arguments.methods}
-        windows = {source: bench.windows(source, seed) for source in sources}
+        windows = {name: _windows(bench, arguments, name, seed) for name in arguments.methods}
         for label, method in itertools.product(arguments.patterns, arguments.methods):
             bench.restore()
             pattern = PATTERNS[label]
@@ -77,7 +79,7 @@ def main() -> None:
                 {kept: indivisible(bench.model, pattern), **_possible(METHODS[method], pattern), **pattern}
             )
             start, processor = time.perf_counter(), time.process_time()
-            trimfit.prune(bench.model, windows["self" if method.endswith("self") else arguments.calibration], config)
+            trimfit.prune(bench.model, windows[method], config)
             seconds, processor = time.perf_counter() - start, time.process_time() - processor
             excess = math.log(bench.score().perplexity / bench.dense.perplexity)
             cell = {"pattern": label, "method": method, "seed": seed, "excess": excess, "seconds": seconds}
@@ -103,6 +105,11 @@ def main() -> None:
         print(table(cells, "accuracy", ".3f"))
     if arguments.json:
         arguments.json.write_text(json.dumps({"dense": bench.dense.perplexity, "cells": cells}, indent=1))
+
+
+def _windows(bench: Bench, arguments: argparse.Namespace, method: str, seed: int) -> Tensor:
+    own = arguments.samples if method.endswith("own too") else 0
+    return bench.windows("self" if method.endswith("self") else arguments.calibration, seed, own=own)
 
 
 def _possible(options: dict[str, Any], pattern: dict[str, Any]) -> dict[str, Any]:

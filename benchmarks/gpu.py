@@ -5,7 +5,8 @@
     python benchmarks/gpu.py --size tiny                                          # on any CPU, in seconds
 
 Nothing is downloaded: models are built from their configs, with weights whose activations have spectra and outlier
-channels like those of trained models (synthetic.py tells how), and written to a temporary directory (--folder), where there must be room for two of the largest. `--shapes tiny --windows 8 --length 64` is a first try on a
+channels like those of trained models (synthetic.py tells how), and written to a temporary directory (--folder), where
+there must be room for two of the largest. `--shapes tiny --windows 8 --length 64` is a first try on a
 GPU; `--size tiny` stays on the CPU. Each row is a whole `prune --offload` of that checkpoint, from its files to the
 output's; "opening and closing" is what is before and behind the blocks: fingerprint, windows, verification. With
 --blocks K only the first K blocks are built and pruned; the column "whole model" is then the time multiplied by

@@ -25,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("kills", "command"),
     [
-        (25, ("prune", *ITS_OWN)),
+        (25, ("prune", *TEXT, "--own-samples", "4")),
         (8, ("prune", *TEXT, "--offload", "--pattern", "2:4", "--memory-limit", "20kB")),
         (4, ("quantize", "--bits", "3")),
         (4, ("quantize", "--bits", "3", "--transform", "online", "--learned-steps", "2", *ITS_OWN)),

@@ -13,6 +13,8 @@ from trimfit.errors import InputError
 if TYPE_CHECKING:
     from trimfit.pipelines.planning.plan import Plan, Target
 
+_SMALL = 1_000_000  # weights: docs/scale.md
+
 _Output = Annotated[
     Path | None,
     typer.Option("-o", "--output", help="Directory that would be written. \\[default: one in the working directory]"),
@@ -115,4 +117,6 @@ def _print(plan: "Plan") -> None:
         f"{rates.float64 / 1e9:.0f} in float64; memory {rates.memory / 1e9:.1f} GB/s, files {rates.disk / 1e9:.1f} "
         f"GB/s; {rates.calls / 1e3:.0f} thousand small operations/s"
     )
+    if plan.weights < _SMALL:
+        console.print("so small a model takes several times as long, in calls that are not counted")
     console.print(f"disk: {plan.disk / 2**30:.2f} GiB with the output, {plan.disk_free / 2**30:.1f} GiB free")

@@ -31,15 +31,15 @@ WAYS = {  # steps between two looks, and how what is found at a look is used
 
 
 class Late:
-    """What was found at the look before."""
+    """What was found at the look before, and acted upon at once."""
 
     def __init__(self) -> None:
         self._seen: Tensor | None = None
 
-    def take(self, bound: Tensor, enough: Tensor) -> tuple[Tensor, int]:
+    def expected(self, bound: Tensor, enough: Tensor) -> int:
         unfinished = bound > enough
         seen, self._seen = self._seen, unfinished
-        return (unfinished, len(unfinished)) if seen is None else (seen, int(seen.sum()))
+        return len(bound) if seen is None else int(seen.sum())
 
     def rows(self, index: Tensor) -> "Late":
         return Late()

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, VOCABULARY, for_each, make_word_tokenizer
@@ -403,7 +404,7 @@ def test_as_a_calibration_source(
 
 
 def test_beside_a_text(bos_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """The model's own windows come first, as it would write them alone, and those of the text as without them."""
+    """The model's own windows, as it would write them alone, among those of the text, as they would be without them."""
     text = tmp_path / "text.txt"
     text.write_text("w9 w8 " * 100)
     model = FAMILIES["llama"].build()
@@ -413,7 +414,20 @@ def test_beside_a_text(bos_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -
     own = sample_from_model(model, bos_tokenizer, samples=2, length=8, seed=5)
     assert sample is not None and torch.equal(sample.windows, own.windows)
     given = config.model_copy(update={"own_samples": 0}).windows(bos_tokenizer, model)
-    assert torch.equal(windows, torch.cat([own.windows, given]))
+    order = torch.randperm(5, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(windows, torch.cat([given, own.windows])[order])
+    again, same = config.draw(bos_tokenizer, model, sample=sample)
+    assert same is sample and torch.equal(again, windows)
+
+
+def test_ids_that_the_model_does_not_know_are_refused_before_it_writes(
+    bos_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "ids.npy", np.full((2, 8), 99_999, dtype=np.int32))
+    monkeypatch.setattr("trimfit.calibration.config.sample_from_model", lambda *a, **k: pytest.fail("it wrote"))
+    config = CalibrationConfig(source=str(tmp_path / "ids.npy"), samples=2, own_samples=2, sequence_length=8)
+    with pytest.raises(InputError, match="99999"):
+        config.draw(bos_tokenizer, FAMILIES["llama"].build())
 
 
 def test_a_model_that_writes_all_windows_writes_none_beside_them() -> None:

@@ -93,7 +93,7 @@ def test_the_run_can_be_repeated_by_seed_and_from_the_kept_windows(prune: Prune,
 
 
 def test_windows_of_its_own_beside_a_text(prune: Prune, tiny: Path, text: Path, tmp_path: Path) -> None:
-    """They are kept; the windows that are held out are of the text."""
+    """They are kept, and not those of the text."""
     outcome = prune("out", "--own-samples", "4", calibration=text)
     assert outcome.status == 0, outcome.stderr
     assert "and 4 windows that the model wrote)" in " ".join(outcome.stdout.split())

@@ -133,24 +133,36 @@ def test_what_was_foreseen_a_look_before_changes_nothing_but_steps(
     monkeypatch.setattr(module, "_Looks", lambda late: made.append(looks(late=True)) or made[-1])
     late = refit(gram, weight, mask, solver=solver)
     assert made and late.status is in_time.status is Status.OPTIMAL
-    # What was foreseen too well is begun again, which takes a few steps more.
-    assert in_time.steps - 1 <= late.steps <= in_time.steps + (8 if name == "diagonal" else 4)
+    assert in_time.steps <= late.steps <= in_time.steps + 2 * (4 if name == "diagonal" else 1)
     reference = Reference(gram, weight, mask)
     assert (reference.gap(late.weight) <= tolerance * reference.gain).all()
 
 
 def test_a_look_foresees_by_how_bounds_fall():
-    """Of three programs one falls tenfold a look, one rises, one is at 0."""
+    """Of three programs one falls tenfold a look, one rises, one is at 0. What is foreseen is told at the next look."""
     module = importlib.import_module("trimfit.refit.iteration")
     looks, enough = module._Looks(late=True), torch.full((3,), 0.5)
-    assert looks.take(torch.tensor([100.0, 1.0, 0.0]), enough)[1] == 3  # nothing was seen before
-    unfinished, count = looks.take(torch.tensor([10.0, 2.0, 0.0]), enough)
-    assert (unfinished.tolist(), count) == ([True, True, False], 2)  # as at the first look
-    unfinished, count = looks.take(torch.tensor([4.0, 2.0, 0.0]), enough)
-    assert (unfinished.tolist(), count) == ([True, True, False], 2)  # 10 would be 1 now
-    unfinished, count = looks.take(torch.tensor([0.9, 2.0, 0.0]), enough)
-    assert (unfinished.tolist(), count) == ([True, True, False], 2)  # 4 would be 1.6
-    unfinished, count = looks.rows(torch.tensor([0, 1])).take(torch.tensor([0.9, 2.0]), enough[:2])
-    assert count == 2
-    unfinished, count = looks.take(torch.tensor([0.6, 2.0, 0.0]), enough)
-    assert (unfinished.tolist(), count) == ([False, True, False], 1)  # 0.9 would be 0.2
+    assert looks.expected(torch.tensor([100.0, 1.0, 0.0]), enough) == 3  # nothing was seen before
+    assert looks.expected(torch.tensor([10.0, 2.0, 0.0]), enough) == 2  # those of the first look
+    assert looks.expected(torch.tensor([4.0, 2.0, 0.0]), enough) == 2  # 10 would be 1 now
+    assert looks.expected(torch.tensor([0.9, 2.0, 0.0]), enough) == 2  # 4 would be 1.6
+    assert looks.rows(torch.tensor([0, 1])).expected(torch.tensor([0.9, 2.0]), enough[:2]) == 2
+    assert looks.expected(torch.tensor([0.6, 2.0, 0.0]), enough) == 1  # 0.9 would be 0.2
+    assert module._Looks(late=False).expected(torch.ones(3), enough) == 0
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-4])
+def test_no_row_leaves_because_it_was_foreseen_to_be_finished(monkeypatch: pytest.MonkeyPatch, tolerance: float):
+    """Else rows that were foreseen too well would count as stuck."""
+    module = importlib.import_module("trimfit.refit.iteration")
+    looks = module._Looks
+    monkeypatch.setattr(module, "_Looks", lambda late: looks(late=True))
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(400, 96, generator=generator, dtype=torch.float64)
+        inputs = inputs @ torch.randn(96, 96, generator=generator, dtype=torch.float64)
+        weight = torch.randn(256, 96, generator=generator)
+        mask = weight.abs() >= weight.abs().median(1, keepdim=True).values
+        gram = inputs.T @ inputs / len(inputs)
+        solution = refit(gram, weight, mask, damping=0.01, solver=ConjugateGradients(tolerance=tolerance))
+        assert solution.status is Status.OPTIMAL

@@ -12,6 +12,7 @@ from trimfit.calibration.sources import is_on_hub, read_documents, read_token_id
 from trimfit.calibration.standard_library import CALIBRATION, read_modules
 from trimfit.calibration.windows import (
     added_tokens,
+    check_ids,
     encode_documents,
     sample_windows,
     window_length,
@@ -34,7 +35,7 @@ class CalibrationConfig(BaseModel):
     - `field`: name of the text in each line of .jsonl, or column of the data set.
     - `split`: of a data set on the hub.
     - `samples`: windows to draw.
-    - `own_samples`: windows that the model writes itself beside those: they come first.
+    - `own_samples`: windows that the model writes itself beside those; all are put in a random order.
     - `sequence_length`: tokens in each, capped by the model's context; None is the context, but at most 2048.
     - `seed`: of the draw.
     """
@@ -70,21 +71,31 @@ class CalibrationConfig(BaseModel):
         return self.draw(tokenizer, model)[0]
 
     def draw(
-        self, tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", *, batch_size: int = AT_ONCE
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        model: "PreTrainedModel",
+        *,
+        batch_size: int = AT_ONCE,
+        sample: SelfSample | None = None,
     ) -> tuple[Tensor, SelfSample | None]:
         """The windows, and those of them that the model writes, `batch_size` at a time, if there are such.
 
-        Raises `InputError` as `windows` and `sample_from_model` do.
+        `sample` are these, if it has written them already. Raises `InputError` as `windows` and `sample_from_model` do.
         """
         length = window_length(self.sequence_length, model.config)
-        given = None if self.source == SELF else self._of_source(tokenizer, length)  # what is wrong with it comes first
+        given = None if self.source == SELF else self._of_source(tokenizer, length)
         if not self.written:
             assert given is not None
             return given, None
-        sample = sample_from_model(
+        if given is not None:  # what is wrong with these comes first: to write windows takes long
+            check_ids(given, model.get_input_embeddings().get_parameter("weight").shape[0])
+        sample = sample or sample_from_model(
             model, tokenizer, samples=self.written, length=length, seed=self.seed, batch_size=batch_size
         )
-        return sample.windows if given is None else torch.cat([sample.windows, given]), sample
+        if given is None:
+            return sample.windows, sample
+        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed))
+        return torch.cat([given, sample.windows])[order], sample  # so that both are among those that are held out
 
     def _of_source(self, tokenizer: "PreTrainedTokenizerBase", length: int) -> Tensor:
         if self._is_ids:

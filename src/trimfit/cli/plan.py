@@ -32,7 +32,8 @@ def plan_prune(given: dict[str, Any]) -> None:
 
     config, calibration = commands.prune_configs(given)
     target = _target(given)
-    _say(plan.plan_prune(model_source(given["model"]), config, calibration, target), given["json"])
+    planned = plan.plan_prune(model_source(given["model"]), config, calibration, target)
+    _say(planned, calibration.written, given["json"])
 
 
 def plan_quantize(given: dict[str, Any]) -> None:
@@ -41,7 +42,8 @@ def plan_quantize(given: dict[str, Any]) -> None:
 
     config, calibration, checked = commands.quantize_configs(given)
     target = _target(given)
-    _say(plan.plan_quantize(model_source(given["model"]), config, calibration, checked, target), given["json"])
+    planned = plan.plan_quantize(model_source(given["model"]), config, calibration, checked, target)
+    _say(planned, calibration.written if calibration else 0, given["json"])
 
 
 def _target(given: dict[str, Any]) -> "Target":
@@ -62,13 +64,13 @@ def _target(given: dict[str, Any]) -> "Target":
     )
 
 
-def _say(planned: "Plan", as_json: bool) -> None:
+def _say(planned: "Plan", written: int, as_json: bool) -> None:
     from trimfit.pipelines.planning.plan import check_fits
 
     if as_json:
         print(planned.model_dump_json(indent=1))
     else:
-        _print(planned)
+        _print(planned, written)
     check_fits(planned)
 
 
@@ -87,7 +89,7 @@ def _like_prune() -> inspect.Signature:
 plan.__signature__ = _like_prune()  # type: ignore[attr-defined]  # where Typer looks
 
 
-def _print(plan: "Plan") -> None:
+def _print(plan: "Plan", written: int) -> None:
     from rich.console import Console
 
     from trimfit.cli import show
@@ -117,6 +119,10 @@ def _print(plan: "Plan") -> None:
         f"{rates.float64 / 1e9:.0f} in float64; memory {rates.memory / 1e9:.1f} GB/s, files {rates.disk / 1e9:.1f} "
         f"GB/s; {rates.calls / 1e3:.0f} thousand small operations/s"
     )
+    if written:
+        console.print(
+            f"not counted: writing {written} windows, a pass through the whole model for each of their tokens"
+        )
     if plan.weights < _SMALL:
         console.print("so small a model takes several times as long, in calls that are not counted")
     console.print(f"disk: {plan.disk / 2**30:.2f} GiB with the output, {plan.disk_free / 2**30:.1f} GiB free")

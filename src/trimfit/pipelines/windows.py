@@ -15,12 +15,19 @@ _WRITTEN_AT_ONCE = 4
 
 
 def draw_windows(
-    checkpoint: Checkpoint, calibration: CalibrationConfig, batch_size: int, observer: Observer
+    checkpoint: Checkpoint,
+    calibration: CalibrationConfig,
+    batch_size: int,
+    observer: Observer,
+    sample: SelfSample | None = None,
 ) -> tuple[Tensor, SelfSample | None]:
-    """(count, length) int64 token ids; and those of them that the model wrote itself, with how they look."""
+    """(count, length) int64 token ids; and those of them that the model wrote itself, with how they look.
+
+    `sample` are these, where they are kept from a run that was stopped.
+    """
     observer.stage(f"calibration windows from {calibration.source}")
     at_once = _WRITTEN_AT_ONCE * batch_size
-    return calibration.draw(checkpoint.tokenizer, checkpoint.model, batch_size=at_once)
+    return calibration.draw(checkpoint.tokenizer, checkpoint.model, batch_size=at_once, sample=sample)
 
 
 def digest(windows: Tensor) -> str:

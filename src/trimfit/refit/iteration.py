@@ -61,7 +61,11 @@ def iterate(
         p = torch.addcmul(z, _wide(_ratio(rz, before), p), p)
         if step % check_every:
             continue
-        unfinished, count = looks.take(system.bound(r, rz), _SAFETY * tolerance * gain)
+        bound, enough = system.bound(r, rz), _SAFETY * tolerance * gain
+        if looks.expected(bound, enough) > _LEAVE_BELOW * len(rows):
+            continue
+        unfinished = bound > enough
+        count = int(unfinished.sum())
         if count == 0:
             break
         if count <= _LEAVE_BELOW * len(rows):
@@ -74,26 +78,25 @@ def iterate(
 
 
 class _Looks:
-    """Which programs go on, without holding up a GPU: on that, what is seen was foreseen one look before.
+    """When it is worth while to wait for a GPU, and see which programs are finished.
 
-    The GPU has the steps up to this look to do while the host reads what was found at the look before: which programs
-    would not be finished now, if their bounds went on falling as they did.
+    The GPU has the steps up to this look to do while the host reads what was found at the look before: how many
+    programs would not be finished now, if their bounds went on falling as they did.
     """
 
     def __init__(self, *, late: bool):
         self._late = late
         self._before: Tensor | None = None
-        self._pending: tuple[Tensor, Callable[[], int]] | None = None
+        self._pending: Callable[[], int] | None = None
 
-    def take(self, bound: Tensor, enough: Tensor) -> tuple[Tensor, int]:
-        """The programs (b,) that go on, and their number; all of them where nothing was foreseen yet."""
+    def expected(self, bound: Tensor, enough: Tensor) -> int:
+        """How many programs (b,) go on, as foreseen; 0, for them to be counted, where nothing has to be waited for."""
         if not self._late:
-            unfinished = bound > enough
-            return unfinished, int(unfinished.sum())
+            return 0
         foreseen = bound if self._before is None else bound * _ratio(bound, self._before).clamp(max=1)
-        unfinished, pending, self._before = foreseen > enough, self._pending, bound
-        self._pending = unfinished, _on_its_way(unfinished.sum())
-        return (unfinished, len(unfinished)) if pending is None else (pending[0], pending[1]())
+        pending, self._before = self._pending, bound
+        self._pending = _on_its_way((foreseen > enough).sum())
+        return len(bound) if pending is None else pending()
 
     def rows(self, index: Tensor) -> "_Looks":
         """Those of some programs."""

@@ -91,7 +91,7 @@ def test_better_masks_cost_more(selector: str):
 def test_an_offloaded_model_has_its_next_block_on_the_host_while_a_gpu_works():
     asked, room = job(offload=True), Capacity(1, 1, 1, 0)
     blocks = next(peak for peak in memory_peaks(MODEL, asked, None, room) if peak.stage == "blocks")
-    assert blocks.host == 2048 + 2 * 600  # 8 windows of 8 · 10 numbers are 1280 bytes, and pinned in powers of two
+    assert blocks.host == 2048 + 4 * 600  # 8 windows of 8 · 10 numbers are 1280 bytes, and pinned in powers of two
 
 
 def test_a_gpu_holds_the_parts_of_factors_in_a_refit():

@@ -11,6 +11,7 @@ import numpy
 import pytest
 import torch
 from families import FAMILIES, LENGTH, windows
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from trimfit import CalibrationConfig, InputError, PruneConfig, PruneReport, RunError, prune_checkpoint
@@ -57,7 +58,12 @@ def source(tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast) -> Path:
 
 
 def start(source: Path, name: str = "out", after: int = NEVER, **options: Any) -> PruneReport:
-    calibration = CalibrationConfig(source=str(source.parent / "tokens.npy"), samples=12, sequence_length=LENGTH)
+    calibration = CalibrationConfig(
+        source=str(source.parent / "tokens.npy"),
+        samples=12,
+        own_samples=options.pop("own_samples", 0),
+        sequence_length=LENGTH,
+    )
     config = options.pop("config", CONFIG)
     observer = options.pop("observer", None) or _Killer(after)
     return prune_checkpoint(
@@ -330,6 +336,26 @@ def test_what_differs_is_named_and_nothing_is_touched(source: Path, run: Path) -
     with pytest.raises(InputError, match=r"differs in model \(was"):
         start(source)
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_own_windows_are_kept_but_the_text_is_not(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(source, "plain", own_samples=3)
+    with pytest.raises(_Killed):
+        start(source, after=9, own_samples=3)
+    kept = load_file(source.parent / "out.run" / "windows.safetensors")["windows"]
+    assert kept.shape == (3, LENGTH)
+    monkeypatch.setattr("trimfit.calibration.config.sample_from_model", lambda *a, **k: pytest.fail("it wrote again"))
+    text = source.parent / "tokens.npy"
+    before = text.read_bytes()
+    numpy.save(text, windows(12, seed=5).numpy())
+    with pytest.raises(InputError, match="the calibration windows are not those with which"):
+        resume(source.parent / "out")
+    text.write_bytes(before)
+    resume(source.parent / "out")
+    plain = {path.name: path.read_bytes() for path in (source.parent / "plain").iterdir()}
+    assert "calibration.npy" in plain
+    for name in plain.keys() - {"trimfit.json"}:
+        assert (source.parent / "out" / name).read_bytes() == plain[name]
 
 
 def test_a_second_process_is_refused(source: Path, run: Path) -> None:

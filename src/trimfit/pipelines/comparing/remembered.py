@@ -43,7 +43,8 @@ class Remembered:
             start, clock = time.perf_counter(), Clock(model.device)
             with clock.running():
                 found = measure(model, blocks, windows, method=method, **how)
-            self._known[key] = _Timed(found, time.perf_counter() - start, clock.seconds)
+            stages = clock.seconds
+            self._known[key] = _Timed(found, time.perf_counter() - start, stages)
         self._used, self._spared = self._known[key], 0.0 if known is None else known.seconds
         return self._used.found
 

@@ -209,11 +209,11 @@ def memory_peaks(model: Outline, job: AnyJob, limit: int | None, room: Capacity)
 def _blocks(held: Memory, states: float, job: AnyJob) -> tuple[float, float]:
     """Bytes on the host and on a device apart from it: hidden states wait on the device unless the model is offloaded.
 
-    What is above a limit is in files, which the host maps while it uses them. The next block is read ahead on the host,
-    tensor by tensor, each in up to twice its size.
+    What is above a limit is in files, which the host maps while it uses them. The next block is read ahead on the host
+    while copies of this one may wait, tensor by tensor, each in up to twice its size.
     """
     on_device = held.weights + held.copy + held.work
-    return (states + 2 * held.block, on_device) if job.offload else (0.0, on_device + states)
+    return (states + 4 * held.block, on_device) if job.offload else (0.0, on_device + states)
 
 
 def disk_bytes(model: Outline, job: AnyJob, limit: int | None) -> int:

@@ -91,8 +91,8 @@ def prune_checkpoint(
             parts = {"config": config.model_dump(), "calibration": calibration.model_dump()}
             run.open(identity("prune", model_fingerprint, **parts))
 
-        def draw() -> tuple[Tensor, SelfSample | None]:
-            return draw_windows(checkpoint, calibration, config.batch_size, observer)
+        def draw(sample: SelfSample | None) -> tuple[Tensor, SelfSample | None]:
+            return draw_windows(checkpoint, calibration, config.batch_size, observer, sample)
 
         ranks.first(lambda: begin(there(run)))
         stack.enter_context(threads_of(run, ranks))

@@ -112,8 +112,8 @@ class PruneRun:
             windows=len(windows["fit"]),
             held_out_windows=len(windows["held_out"]) if "held_out" in windows else 0,
             window_length=self.tokens.shape[1],
+            stages=clock.seconds,  # first, as it waits for the device
             seconds=time.perf_counter() - start,
-            stages=clock.seconds,
             peak_memory=peak_memory(self.model.device),
             versions=versions(),
         )

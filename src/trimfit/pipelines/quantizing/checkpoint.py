@@ -101,7 +101,7 @@ def quantize_checkpoint(
             text = calibration
             if text is None:
                 return None, None
-            return run.windows(lambda: draw_windows(checkpoint, text, config.batch_size, observer))
+            return run.windows(lambda sample: draw_windows(checkpoint, text, config.batch_size, observer, sample))
 
         ranks.first(lambda: begin(there(run)))
         stack.enter_context(threads_of(run, ranks))

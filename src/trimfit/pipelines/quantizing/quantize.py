@@ -113,8 +113,8 @@ class QuantizeRun:
             windows=0 if tokens is None else len(tokens),
             window_length=0 if tokens is None else tokens.shape[1],
             online_multiply_adds=sum(block.multiply_adds for block in blocks) / max(done, 1),
+            stages=clock.seconds,  # first, as it waits for the device
             seconds=time.perf_counter() - start,
-            stages=clock.seconds,
             peak_memory=peak_memory(self.device or self.model.device),
             versions=versions(),
         )

@@ -166,17 +166,22 @@ class RunDirectory:
         write_durably(self.path / REQUEST, json.dumps(request, indent=1).encode())
         self._opened = True
 
-    def windows(self, draw: Callable[[], tuple[Tensor, SelfSample | None]]) -> tuple[Tensor, SelfSample | None]:
-        """The calibration windows (N, L), drawn once if the model itself wrote them, and checked if not."""
+    def windows(
+        self, draw: Callable[[SelfSample | None], tuple[Tensor, SelfSample | None]]
+    ) -> tuple[Tensor, SelfSample | None]:
+        """The calibration windows (N, L): those that the model itself wrote are kept, all are checked.
+
+        `draw` is given what the model has written already, if it has.
+        """
         kept = self._windows
+        written = None
         if kept is not None and kept["sample"] is not None:
-            windows = load_file(self.path / _WINDOWS)["windows"]
-            return windows, SelfSample(windows=windows[: kept["written"]], **kept["sample"])
-        windows, sample = draw()
+            written = SelfSample(windows=load_file(self.path / _WINDOWS)["windows"], **kept["sample"])
+        windows, sample = draw(written)
         if kept is None:
             record: dict[str, Any] = {"tokens": digest(windows), "sample": sample.record() if sample else None}
             if sample is not None:
-                record |= {"written": len(sample.windows), **self._write(_WINDOWS, {"windows": windows})}
+                record |= self._write(_WINDOWS, {"windows": sample.windows})
             self._journal.append(record)
             self._windows = record
         elif digest(windows) != kept["tokens"]:

@@ -330,7 +330,7 @@ def test_errors_of_others_are_one_sentence_too(
         def fail(*arguments: object, error: Exception = error, **options: object) -> None:
             raise error
 
-        monkeypatch.setattr("trimfit.calibration.CalibrationConfig.windows", fail)
+        monkeypatch.setattr("trimfit.calibration.CalibrationConfig.draw", fail)
         outcome = here("prune", broken["tiny"], "-o", tmp_path / "out")
         assert outcome.status == 1
         sentence = outcome.stderr.splitlines()[-1]

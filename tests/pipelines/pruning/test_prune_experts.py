@@ -151,12 +151,12 @@ def test_few_tokens_are_damped_more_and_the_record_says_so():
 
 
 def test_the_summary_says_so(capsys: pytest.CaptureFixture[str]):
-    show.prune(prune(starved(), windows(4), PAPER), "windows", Path("out"), as_json=False)
+    show.prune(prune(starved(), windows(4), PAPER), CalibrationConfig(), Path("out"), as_json=False)
     said = " ".join(capsys.readouterr().out.split())
     assert "16 layers of experts saw too few tokens for their width and were damped more, 4 of them saw none" in said
     assert "simpler weights" not in said
     dense = prune(EXPERT_FAMILIES["mixtral"].build(), windows(4), PAPER.model_copy(update={"ignore": ("experts.*",)}))
-    show.prune(dense, "windows", Path("out"), as_json=False)
+    show.prune(dense, CalibrationConfig(), Path("out"), as_json=False)
     assert "too few tokens" not in capsys.readouterr().out
 
 

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerFast
 
 from trimfit import CalibrationConfig, InputError, PruneConfig, QuantizeConfig, prune_checkpoint, quantize_checkpoint
 from trimfit.pipelines import QuantizedRecord, QuantizeReport, resume
-from trimfit.pipelines.quantizing import checkpoint as quantizing_checkpoint
 from trimfit.pipelines.quantizing import quantize as quantizing_module
 
 CPU = torch.device("cpu")
